@@ -1,0 +1,238 @@
+"""The rules of the house: who may import whom, one name a file, bare folders, a wheel that works."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("vil", "pointmap", "policies", "datasets", "configs", "tools")
+BARE = ("datasets", "configs", "tools", "tests")
+NOT_ROOMS = ("vilma", "tests", "docs", "runs", "data", "build", "dist")
+TRUNK_FREE = {"vilma.config", "vilma.extras"}
+
+# unit -> units of ours that it may import (besides itself). tools and tests may import everything.
+MAY_IMPORT = {
+    "vilma.xlstm": set(),
+    "vilma.envs": {"vilma.pointmap"} | TRUNK_FREE,
+    "vilma.training": TRUNK_FREE,
+    "vilma.evaluation": TRUNK_FREE,
+    "vilma.report": TRUNK_FREE,
+    "vilma.bench": TRUNK_FREE,
+    "vilma.config": {"vilma"},
+    "vilma.extras": set(),
+    "vilma.cli": {"vilma"},
+    "vilma.testing": set(),
+    "vilma": set(),
+    "vilma.vil": {"vilma.xlstm"} | TRUNK_FREE,
+    "vilma.pointmap": {"vilma.vil"} | TRUNK_FREE,
+    "vilma.policies": {"vilma.xlstm", "vilma.vil", "vilma.pointmap"} | TRUNK_FREE,
+    "vilma.datasets": {"vilma.pointmap"} | TRUNK_FREE,
+}
+XLSTM_PACKAGES = {"torch", "triton"}
+
+
+def tracked_python() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+def unit_of(file: Path) -> str:
+    """The row of the table that a file belongs to."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in ROOMS:
+        return f"vilma.{parts[0]}"
+    if parts[0] == "vilma" and len(parts) > 1 and parts[1] != "__init__":
+        return f"vilma.{parts[1]}"
+    return parts[0]
+
+
+def imports_of(file: Path) -> list[str]:
+    """Every module that a file imports absolutely, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            if node.module == "vilma":
+                names += [f"vilma.{alias.name}" for alias in node.names if alias.name != "__version__"]
+            else:
+                names.append(node.module)
+    return names
+
+
+def unit_imported(module: str) -> str | None:
+    """The row that an imported module belongs to; None for what is not ours."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] in ("vilma", "tests") else None
+
+
+def test_every_room_has_a_row():
+    present = {f"vilma.{p.name}" for p in ROOT.iterdir() if p.name in ROOMS and p.is_dir()}
+    assert present - {"vilma.configs", "vilma.tools"} <= set(MAY_IMPORT)
+    folders = {
+        p.name
+        for p in ROOT.iterdir()
+        if p.is_dir() and not p.name.startswith((".", "_")) and not p.name.endswith(".egg-info")
+    }
+    assert folders <= set(ROOMS) | set(NOT_ROOMS), "a new folder needs a place in the design"
+
+
+@pytest.mark.parametrize("unit", sorted(MAY_IMPORT))
+def test_who_may_import_whom(unit):
+    wrong = []
+    for file in tracked_python():
+        if unit_of(file) != unit:
+            continue
+        for module in imports_of(file):
+            theirs = unit_imported(module)
+            if theirs and theirs != unit and theirs not in MAY_IMPORT[unit]:
+                wrong.append(f"{file.relative_to(ROOT)} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nobody_imports_tools_or_tests():
+    wrong = []
+    for file in tracked_python():
+        if unit_of(file) in ("vilma.tools", "tests"):
+            continue
+        wrong += [
+            f"{file.relative_to(ROOT)} imports {m}"
+            for m in imports_of(file)
+            if m.startswith(("vilma.tools", "tests"))
+        ]
+    # The command line finds its tools by file name, so it names the package in a string, not in an import.
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernel_layer_needs_torch_and_triton_only():
+    standard = set(sys.stdlib_module_names)
+    for file in tracked_python():
+        if unit_of(file) == "vilma.xlstm":
+            outside = {m.split(".")[0] for m in imports_of(file)} - standard - {"vilma"}
+            assert outside <= XLSTM_PACKAGES, f"{file.relative_to(ROOT)} imports {outside - XLSTM_PACKAGES}"
+
+
+def test_only_config_knows_the_config_library():
+    for file in tracked_python():
+        if file != ROOT / "vilma" / "config.py":
+            found = {m for m in imports_of(file) if m.split(".")[0] in ("draccus", "yaml")}
+            assert not found, f"{file.relative_to(ROOT)} imports {found}; use vilma.config"
+
+
+def test_package_list_equals_the_folders():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    expected = {"vilma"}
+    for package in ("xlstm", "envs", "training"):
+        expected.add(f"vilma.{package}")
+    for room in ROOMS:
+        base = ROOT / room
+        if base.is_dir():
+            folders = [base] + [d for d in base.rglob("*") if d.is_dir() and d.name != "__pycache__"]
+            expected |= {
+                "vilma." + ".".join(d.relative_to(ROOT).parts)
+                for d in folders
+                if any(f.is_file() for f in d.iterdir()) or d == base
+            }
+    assert set(settings["packages"]) == expected
+    assert {k: v for k, v in settings["package-dir"].items() if k != "vilma"} == {
+        f"vilma.{room}": room for room in ROOMS if (ROOT / room).is_dir()
+    }
+
+
+def test_bare_folders_have_no_init():
+    assert not [f"{d}/__init__.py" for d in BARE if (ROOT / d / "__init__.py").exists()]
+
+
+def test_no_catch_all_modules_and_no_long_files():
+    for file in tracked_python():
+        assert file.stem not in ("utils", "helpers", "common", "misc"), file
+        lines = len(file.read_text().splitlines())
+        assert lines <= 800, f"{file.relative_to(ROOT)} has {lines} lines; a file stops at 800"
+
+
+def run_python(code: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_datasets_of_hugging_face_wins_from_the_root():
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
+    code = "import datasets; print(datasets.__file__)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() not in ("", "None")
+    assert not result.stdout.startswith(str(ROOT / "datasets"))
+
+
+@pytest.mark.parametrize("room", ["vil", "pointmap", "policies"])
+def test_a_room_imported_by_its_bare_name_says_so(room):
+    if not (ROOT / room).is_dir():
+        pytest.skip(f"{room}/ is not built yet")
+    result = run_python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {room}", ROOT)
+    assert result.returncode != 0 and f"vilma.{room}" in result.stderr
+
+
+def test_no_file_is_loaded_under_two_names():
+    result = run_python("import vilma.vilma", ROOT)
+    assert "ImportError" in result.stderr
+
+
+def test_importing_vilma_is_light():
+    code = "import vilma, vilma.cli, vilma.config, sys; print(sorted({'torch', 'numpy', 'timm'} & set(sys.modules)))"
+    assert run_python(code, ROOT).stdout.strip() == "[]"
+
+
+def test_lock_holds_pins_only():
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        assert re.fullmatch(r"[A-Za-z0-9_.\-]+==[A-Za-z0-9_.+!]+", line), f"not a bare pin: {line!r}"
+
+
+@pytest.mark.long
+def test_wheel_works_from_an_empty_folder(tmp_path):
+    """Built from the tree, unpacked away from it, run where no checkout is near."""
+    wheels, site, empty = tmp_path / "wheels", tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    source = tmp_path / "source"
+    files = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in files:
+        if (ROOT / name).is_file():
+            target = source / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", str(wheels), str(source)], check=True
+    )
+    (wheel,) = wheels.glob("vilma-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
+    code = f"""
+import vilma, vilma.config, vilma.cli
+assert vilma.__file__.startswith({str(site)!r}), vilma.__file__
+assert len(vilma.__path__) == 1
+import torch, vilma.pointmap, vilma.policies, vilma.envs, vilma.training
+from vilma.xlstm import mlstm
+x = torch.randn(1, 2, 5, 4); g = torch.randn(1, 2, 5)
+assert mlstm(x, x, x, g, g).shape == x.shape
+assert vilma.config.find('configs/policies/demo_lift.yaml').is_file()
+policy = vilma.policies.PointMapPolicy.from_config('configs/policies/demo_lift.yaml')
+import datasets; assert not str(datasets.__file__).startswith({str(site)!r})
+import vilma.datasets.robomimic
+print(sorted(vilma.cli.commands()))
+"""
+    result = run_python(code, empty, PYTHONPATH=str(site))
+    assert result.returncode == 0, result.stderr
+    assert "train-policy" in result.stdout

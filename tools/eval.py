@@ -1,0 +1,266 @@
+"""Evaluate a policy in a simulator: seeded closed-loop episodes, success rate with its interval, films."""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import re
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vilma import config, envs
+from vilma.evaluation import BlankedPolicy, Video, evaluate
+from vilma.report import record_time
+
+SEED = 500_000
+DEFAULT_SIZE = 84
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    env_options = config.override({}, rest)
+    if set(env_options) - {"env"}:
+        unknown = ", ".join(f"--{name}" for name in env_options if name != "env")
+        raise ValueError(
+            f"unknown option {unknown}; options of the environment look like --env.placement 0.12"
+        )
+    env_options = dict(env_options.get("env", {}))
+    if options.placement is not None:
+        env_options["placement"] = options.placement
+
+    task = envs.find_task(options.task)
+    blank = tuple(options.blank.split(",")) if options.blank else ()
+    checkpoint, run_dir, label = find_policy(options.run, options.checkpoint)
+
+    import torch
+
+    from vilma.policies import load_policy
+
+    torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load_policy(checkpoint, device)
+    policy.check_compatible(
+        {"reference_frame": task.reference_frame, "action_kind": task.action_kind}, name=task.name
+    )
+    cameras = list(policy.config.cameras)
+    size = image_size(policy.config.image_size, options.size)
+    state_keys = run_state_keys(run_dir)
+    if state_keys and task.suite == "robosuite":
+        env_options.setdefault("state_keys", state_keys)
+
+    description = {
+        "environment": {
+            "name": task.name,
+            "cameras": cameras,
+            "size": size,
+            "horizon": task.horizon,
+            "hold": task.hold,
+            **env_options,
+        },
+        "policy": {"type": policy.config.type, "checkpoint": checkpoint_hash(checkpoint)},
+        "blank": list(blank),
+        "versions": _versions("vilma", task.suite, "mujoco"),
+    }
+    result_path = options.out or run_dir / "eval" / result_name(task.name, label, options, env_options)
+    make_env = functools.partial(
+        envs.make, task.name, cameras=tuple(cameras), size=size, seed=options.seed, **env_options
+    )
+    began = time.perf_counter()
+    with _Progress(task.name) as progress:
+        result = evaluate(
+            make_env,
+            BlankedPolicy(policy, blank) if blank else policy,
+            episodes=options.episodes,
+            seed=options.seed,
+            workers=options.workers,
+            result_path=result_path,
+            description=description,
+            video=Video(tuple(range(options.videos)), fps=task.control_freq) if options.videos else None,
+            timeout_s=options.timeout,
+            overwrite=options.overwrite,
+            on_progress=progress.show,
+        )
+    if progress.played and options.out is None:
+        command = shlex.join(["vilma", "eval", *arguments])
+        record_time(run_dir, f"evaluate {result_path.stem}", time.perf_counter() - began, command)
+    _tell(result, task.name, result_path, reused=not progress.played)
+    return 0
+
+
+def find_policy(run: str, checkpoint: str) -> tuple[Path, Path, str]:
+    """The folder with the weights, the directory whose ``eval/`` gets the result, and the checkpoint's name."""
+    path = Path(run)
+    if not path.exists() and re.fullmatch(r"[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", run):
+        raise ValueError(
+            f"{run} looks like a policy server; serving comes later. Give a run directory or a checkpoint"
+        )
+    chosen = path / "checkpoints" / checkpoint
+    if chosen.is_dir():
+        return chosen, path, checkpoint
+    if (path / "model.safetensors").is_file():
+        if path.absolute().parent.name == "checkpoints":
+            return path, path.absolute().parent.parent, path.name
+        return path, path, "last"
+    if (path / "checkpoints").is_dir():
+        found = ", ".join(sorted(p.name for p in (path / "checkpoints").iterdir() if p.is_dir())) or "none"
+        raise FileNotFoundError(f"{path} has no checkpoint {checkpoint!r} (it has: {found}); train it first")
+    raise FileNotFoundError(f"no policy at {path}: give a run directory or one of its checkpoints")
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Sixteen hex digits that change with the weights, the config or the statistics."""
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "config.yaml", "stats.json"):
+        digest.update((folder / name).read_bytes() if (folder / name).is_file() else b"")
+    return digest.hexdigest()[:16]
+
+
+def image_size(expected: Mapping[str, Sequence[int]], asked: int | None) -> int:
+    """The side of the square images that the simulator renders for a policy."""
+    sizes = {tuple(size) for size in expected.values()}
+    if len(sizes) > 1 or any(height != width for height, width in sizes):
+        raise ValueError(
+            f"the policy expects images of sizes {sorted(sizes)}; one square size can be rendered"
+        )
+    if sizes:
+        (side, _) = sizes.pop()
+        if asked not in (None, side):
+            raise ValueError(f"--size {asked}: the policy expects images of {side} x {side} pixels")
+        return side
+    return asked or DEFAULT_SIZE
+
+
+def run_state_keys(run_dir: Path) -> list[str] | None:
+    """What ``observation.state`` was made of in training, where the run tells."""
+    if not (run_dir / "config.yaml").is_file():
+        return None
+    keys = (config.read(run_dir / "config.yaml").get("data") or {}).get("state_keys")
+    return list(keys) if keys else None
+
+
+def result_name(task: str, label: str, options: argparse.Namespace, env_options: Mapping[str, Any]) -> str:
+    """``<suite>_<task>.json``, with what differs from the defaults in between."""
+    parts = [task.replace("/", "_")]
+    parts += [f"{key}-{value}" for key, value in sorted(env_options.items()) if key != "state_keys"]
+    parts += [f"seed-{options.seed}"] if options.seed != SEED else []
+    parts += [label] if label != "last" else []
+    parts += ["blank-" + "-".join(options.blank.split(","))] if options.blank else []
+    return re.sub(r"[^\w.\-]+", "-", "_".join(parts)) + ".json"
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vilma eval",
+        description=__doc__,
+        epilog="Options of the environment: --env.NAME VALUE. A finished result is reused, an interrupted "
+        "evaluation goes on with the missing episodes.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("task", metavar="SUITE/TASK", help="for example robosuite/Lift")
+    parser.add_argument("run", metavar="RUN", help="a run directory or one of its checkpoints")
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=SEED, help="episode i starts from seed + i")
+    parser.add_argument("--workers", type=int, default=2, help="simulator processes")
+    parser.add_argument(
+        "--checkpoint", default="last", metavar="last|best", help="which one of a run directory"
+    )
+    parser.add_argument("--blank", metavar="images,depth", help="show the policy zeros in place of these")
+    parser.add_argument("--placement", type=float, help="half width in metres of the area of the objects")
+    parser.add_argument("--size", type=int, help="pixels of the images, where the policy accepts any")
+    parser.add_argument("--videos", type=int, default=4, help="film the first so many episodes")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one step of a simulator")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/eval/<suite>_<task>....json")
+    parser.add_argument("--overwrite", action="store_true", help="begin the result file again")
+    return parser
+
+
+class _Progress:
+    """A bar on a terminal, else a line now and then; with the success rate so far."""
+
+    def __init__(self, task: str, interval_s: float = 15.0):
+        self.task, self.interval_s = task, interval_s
+        self.played = 0
+        self._first: int | None = None
+        self._printed = self._began = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("evaluate {task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+            )
+            self._bar.start()
+            self._row = self._bar.add_task(self.task, total=None, text="starting simulators")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, result: Mapping[str, Any]) -> None:
+        summary, planned = result["summary"], result["planned"]
+        done = summary["episodes"]
+        self._first = done if self._first is None else self._first
+        self.played = done - self._first
+        seconds = time.monotonic() - self._began
+        text = "starting simulators"
+        if self.played:
+            text = f"success {summary['rate']:.0%}  {60 * self.played / seconds:.1f} episodes/min"
+        if summary["crashes"] or summary["timeouts"]:
+            text += f"  {summary['crashes']} crashes  {summary['timeouts']} time-outs"
+        if self._bar is not None:
+            self._bar.update(self._row, completed=done, total=planned, text=text)
+        elif self.played and (time.monotonic() - self._printed > self.interval_s):
+            self._printed = time.monotonic()
+            left = seconds / self.played * (planned - done)
+            print(f"{self.task}: {done}/{planned} episodes  {text}  about {left:.0f} s left", flush=True)
+
+
+def _tell(result: Mapping[str, Any], task: str, path: Path, reused: bool) -> None:
+    summary = result["summary"]
+    low, high = summary["wilson95"]
+    blank = (
+        f" with {' and '.join(result['description']['blank'])} blanked"
+        if result["description"]["blank"]
+        else ""
+    )
+    print(
+        f"{task}{blank}: {summary['successes']}/{summary['episodes']} = {summary['rate']:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%})"
+    )
+    if summary["mean_steps_success"] is not None:
+        print(f"  {summary['mean_steps_success']:.1f} steps in the mean of the successes")
+    for incident in result["incidents"]:
+        print(
+            f"  {incident['kind']} in episode {incident['episode']} (seed {incident['seed']}, "
+            f"attempt {incident['attempt']}): {incident['error']}"
+        )
+    if summary["lost"]:
+        print(f"  {summary['lost']} episodes were lost to that and count as failures")
+    print(f"  {'reused' if reused else 'written to'} {path}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

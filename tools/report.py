@@ -1,0 +1,117 @@
+"""Write a run's report: one self-contained HTML page with success rates, curves, pictures and films."""
+
+import argparse
+import contextlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import vilma
+from vilma import config
+from vilma.report import write_report
+
+PACKAGES = ("torch", "timm", "numpy", "gymnasium", "robosuite", "mujoco", "h5py")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vilma report", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run directory")
+    parser.add_argument("--headline", metavar="NAME", help="the evaluation at the top (RUN/eval/NAME.json)")
+    options = parser.parse_args(arguments)
+    values = _config(options.run)
+    with contextlib.suppress(OSError):
+        draw_point_map(options.run, values)
+    facts = [*_data_facts(values), ("Commit", _commit()), ("Versions", _versions())]
+    print(write_report(options.run, facts, options.headline))
+    return 0
+
+
+def draw_point_map(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """``pictures/point_map.png`` from the run's data, as its policy crops it, unless it is there."""
+    picture = run_dir / "pictures" / "point_map.png"
+    path = _data_path(values)
+    if picture.exists() or path is None or not run_dir.is_dir():
+        return
+    from vilma.pointmap import Camera, PointMap
+    from vilma.pointmap.view import figure
+    from vilma.tools.view_pointmap import read_frame
+
+    policy = values.get("policy") or {}
+    maps, images, depths = {}, {}, {}
+    try:
+        # A little into the episode the gripper stands over the object, in view of both cameras.
+        frame = read_frame(str(path), "demo_0", 12, policy.get("cameras"))
+        for name, (image, depth, intrinsic, extrinsic) in frame.items():
+            camera = Camera(intrinsic, extrinsic, depth.shape)
+            points = PointMap.from_depth(
+                depth,
+                camera,
+                tuple(policy.get("depth_range") or (0.01, 5.0)),
+                frame=policy.get("reference_frame") or "world",
+            )
+            maps[name] = points.crop(policy["workspace"]) if policy.get("workspace") else points
+            images[name], depths[name] = image, depth
+        figure(images, depths, maps, picture, "RGB, depth and the point map that the policy sees")
+    except (ValueError, ImportError) as error:
+        print(f"vilma report: no picture of a point map: {error}", file=sys.stderr)
+
+
+def _config(run_dir: Path) -> dict[str, Any]:
+    try:
+        return config.read(run_dir / "config.yaml")
+    except ValueError:
+        return {}
+
+
+def _data_path(values: Mapping[str, Any]) -> Path | None:
+    path = (values.get("data") or {}).get("path")
+    path = path[0] if isinstance(path, list) and path else path
+    return Path(path) if isinstance(path, str) and Path(path).is_file() else None
+
+
+def _data_facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    path = _data_path(values)
+    if path is None:
+        return [("Data set", "not there")]
+    text = f"{path.name}, {path.stat().st_size / 1e6:.1f} MB"
+    facts: dict[str, Any] = {}
+    with contextlib.suppress(ImportError, OSError):
+        from vilma.datasets.robomimic_writer import file_attributes
+
+        facts = file_attributes(path) or {}
+    words = (("num_demos", "episodes"), ("total", "frames"))
+    counts = [f"{facts[key]:,} {word}" for key, word in words if key in facts]
+    return [("Data set", ", ".join([text, *counts]))]
+
+
+def _commit() -> str:
+    root = Path(vilma.__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "not a checkout"
+        changes = " with changes" if git("status", "--porcelain") else ""
+        return git("rev-parse", "--short=12", "HEAD") + changes
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _versions() -> str:
+    found = [f"vilma {vilma.__version__}", f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{package} {metadata.version(package)}")
+    return ", ".join(found)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

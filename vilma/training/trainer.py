@@ -1,0 +1,449 @@
+"""The one training loop: policies and backbones, exact resume, any number of processes through Accelerate.
+
+A model is called as ``loss, logs = model(batch)``. Killed at any moment and started again, a run on a CPU
+with a fixed number of threads ends with the same bits: the sample order and the random draws of an update are
+pure functions of the seed and the update's number (`sampling`), and a checkpoint holds everything else.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from vilma.config import encode
+from vilma.extras import require, require_timm
+
+from .checkpoint import Checkpoints
+from .diagnosis import NonFiniteError, describe_nonfinite
+from .interrupt import deferred_interrupt
+from .ledger import Clock, Ledger, read_state
+from .metrics import Display, MetricsFile, TensorBoard
+from .optim import OptimConfig, build_optimizer
+from .rundir import check_config, locked, write_config
+from .sampling import STEP, SampleStream, derive_seed, make_loader, seed_all
+from .schedule import EmaConfig, Schedule, ScheduleConfig, ema_decay
+
+__all__ = ["MAY_CHANGE", "Trained", "Trainer", "TrainerConfig"]
+
+# What may differ between two starts of one run: it moves no weight (threads: by rounding only).
+MAY_CHANGE = tuple(
+    f"train.{name}"
+    for name in ("log_every", "checkpoint_every", "keep", "num_workers", "threads", "tensorboard")
+)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The loop.
+
+    Args:
+        steps: optimiser updates.
+        batch_size: samples of one update, over all processes and accumulated micro-batches.
+        accumulate: micro-batches of one update.
+        precision: ``bf16`` runs the forward pass under autocast.
+        grad_clip: largest gradient norm; none leaves gradients alone.
+        num_workers: loader processes; 0 loads in the training process.
+        threads: torch threads; none leaves torch's setting.
+        log_every, checkpoint_every: updates between two lines of metrics, two checkpoints.
+        keep: newest checkpoints to keep, besides the best.
+    """
+
+    steps: int = 10_000
+    batch_size: int = 64
+    accumulate: int = 1
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    grad_clip: float | None = 1.0
+    num_workers: int = 0
+    threads: int | None = None
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"train.{name} is {value}, wanted at least 1")
+        if self.num_workers < 0 or not 0 <= self.seed < 2**63:
+            raise ValueError(
+                f"train.num_workers and train.seed are {self.num_workers} and {self.seed}, wanted 0 or more"
+            )
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"train.grad_clip is {self.grad_clip}, wanted more than 0, or none")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `Trainer.fit` did: the last checkpoint, its step, where it began, seconds of training in all."""
+
+    checkpoint: Path
+    step: int
+    resumed_from: int
+    seconds: float
+
+
+class Trainer:
+    """Trains ``model`` on ``dataset`` in ``run_dir``, from where an earlier call in that directory stopped.
+
+    Args:
+        config: the loop; ``optim``, ``schedule``, ``ema`` are its other sections.
+        model: ``model(batch) -> (loss, logs)`` with logs a mapping of names to scalars. Its weights are
+            written by ``save``, else by its ``save_pretrained(folder)``, else as ``model.safetensors`` alone.
+        dataset: map-style; ``__getitems__`` is used where it exists.
+        collate: samples (or what ``__getitems__`` returned) -> batch.
+        save: ``save(model, folder)``; the model is the averaged one if EMA is on, here and in ``score``.
+        score: ``score(model, step)`` before each checkpoint; ``checkpoints/best`` has the highest. Without
+            it, best has the lowest training loss, averaged from one checkpoint to the next.
+        on_step: called with (finished updates, values of the update).
+        describe: the whole configuration as plain values, for ``config.yaml`` and the check of a resumed run.
+        may_change: dotted fields of ``describe`` that may differ on resume, besides `MAY_CHANGE`.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        model: nn.Module,
+        dataset: Dataset,
+        run_dir: str | Path,
+        *,
+        optim: OptimConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        ema: EmaConfig | None = None,
+        collate: Callable[[Any], Any] | None = None,
+        save: Callable[[nn.Module, Path], None] | None = None,
+        score: Callable[[nn.Module, int], float] | None = None,
+        on_step: Callable[[int, Mapping[str, float]], None] | None = None,
+        describe: Any = None,
+        may_change: Collection[str] = (),
+    ):
+        self.config, self.model, self.dataset, self.run_dir = config, model, dataset, Path(run_dir)
+        self.optim = optim or OptimConfig()
+        self.schedule = schedule or ScheduleConfig()
+        self.ema = ema or EmaConfig()
+        self.collate, self.score, self.on_step = collate, score, on_step
+        self.save = save or _save
+        if describe is None:
+            sections = {"optim": self.optim, "schedule": self.schedule, "ema": self.ema, "train": config}
+            describe = {name: encode(section) for name, section in sections.items()}
+        self.description = encode(describe) if is_dataclass(describe) else dict(describe)
+        self.may_change = (*MAY_CHANGE, *may_change)
+        self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.keep)
+        self._averaged: Any = None
+
+    @property
+    def final_model(self) -> nn.Module:
+        """The weights that checkpoints hold: the moving average if there is one."""
+        return self.model if self._averaged is None else self._averaged.module
+
+    def fit(self) -> Trained:
+        """Train to the last step and return the last checkpoint.
+
+        Raises:
+            ValueError: the run directory belongs to another configuration, data set or architecture, or
+                another process holds it.
+            NonFiniteError: a loss or gradient was not finite; the last checkpoint is from before.
+            CheckpointError: a checkpoint could not be written (a full disk) or none can be read.
+            KeyboardInterrupt: after SIGINT or SIGTERM, once a checkpoint is written (with one process).
+        """
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        accelerator = _accelerator()
+        with contextlib.ExitStack() as stack:
+            if accelerator.is_main_process:
+                stack.enter_context(locked(self.run_dir))
+            with accelerator.main_process_first():
+                check_config(self.run_dir, self.description, self.may_change)
+                found = self.checkpoints.newest(read_state)
+            folder, state, damage = found or (None, None, [])
+            done = state["step"] if state else 0
+            display = Display(self.config.steps, done, quiet=not accelerator.is_main_process)
+            for problem in damage:
+                display.say(f"{problem}; set aside, going on from {folder}")
+            if state:
+                self._check_samples(state)
+            if accelerator.is_main_process:
+                self.checkpoints.clean()
+                if state and state["best"]["step"] in self.checkpoints.steps():
+                    self.checkpoints.link("best", state["best"]["step"])
+                self.checkpoints.prune()
+                write_config(self.run_dir, self.description)
+            if done >= self.config.steps:
+                display.say(f"{self.run_dir} is already trained to step {done}")
+                return Trained(folder, done, done, state["seconds"])
+            return self._train(accelerator, display, state)
+
+    def _check_samples(self, state: Mapping[str, Any]) -> None:
+        if state["samples"] != len(self.dataset):
+            raise ValueError(
+                f"the data set holds {len(self.dataset)} samples, but {self.run_dir} was trained on "
+                f"{state['samples']}; give it the same data, or use another run directory"
+            )
+
+    def _prepare(self, accelerator: Any, state: Mapping[str, Any] | None) -> "_Run":
+        """Optimiser, schedule, average and loader, with everything restored that ``state`` holds."""
+        config = self.config
+        bare = self.model.to(accelerator.device)
+        optimizer = build_optimizer(self.optim, bare)
+        schedule = Schedule(self.schedule, optimizer, config.steps)
+        self._averaged = _averaged_copy(bare) if self.ema.enabled else None
+        if state is not None:
+            weights = [(bare, state["model"])]
+            weights += [(self._averaged.module, state["ema"])] if self._averaged is not None else []
+            for module, values in weights:
+                _load(module, values, self.checkpoints.path(state["step"]))
+            optimizer.load_state_dict(state["optimizer"])
+        ledger = Ledger.restore(state)
+        stream = SampleStream(
+            len(self.dataset),
+            config.batch_size,
+            config.seed,
+            start=ledger.step,
+            stop=config.steps,
+            accumulate=config.accumulate,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+        )
+        loader = make_loader(
+            self.dataset,
+            stream,
+            collate=self.collate,
+            num_workers=config.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        return _Run(
+            accelerator=accelerator,
+            bare=bare,
+            model=accelerator.prepare_model(bare),
+            optimizer=accelerator.prepare_optimizer(optimizer),
+            schedule=schedule,
+            stream=stream,
+            loader=loader,
+            ledger=ledger,
+        )
+
+    def _train(self, accelerator: Any, display: Display, state: Mapping[str, Any] | None) -> Trained:
+        config = self.config
+        run = self._prepare(accelerator, state)
+        ledger = run.ledger
+        begun = ledger.step
+        if begun:
+            display.say(f"{self.run_dir}: going on from step {begun} of {config.steps}")
+        with contextlib.ExitStack() as stack:
+            sinks = stack.enter_context(self._sinks(run, display))
+            interrupted = stack.enter_context(deferred_interrupt(accelerator.num_processes == 1))
+            stack.enter_context(display)
+            clock = Clock(ledger.seconds)
+            batches = iter(run.loader)
+            run.model.train()
+            while ledger.step < config.steps:
+                values = self._update(run, batches, clock)
+                if ledger.step == begun + 1:
+                    _name_idle(run.bare, display)
+                run.optimizer.zero_grad(set_to_none=True)
+                step, last = ledger.step, ledger.step == config.steps
+                record = None
+                if step % config.log_every == 0 or last:
+                    record = {"step": step, **ledger.window.means(), "lr": values["lr"]}
+                    record |= clock.lap() | {"seconds": clock.total()}
+                    ledger.window.clear()
+                    for sink in sinks:
+                        sink.write(record)
+                display.step(step, record)
+                if self.on_step is not None:
+                    self.on_step(step, values)
+                regular = step % config.checkpoint_every == 0 or last
+                if regular or interrupted():
+                    self._checkpoint(run, sinks, clock, regular)
+                if interrupted() and not last:
+                    display.say(f"interrupted at step {step} of {config.steps}, which is saved")
+                    raise KeyboardInterrupt
+        return Trained(self.checkpoints.path(ledger.step), ledger.step, begun, clock.total())
+
+    @contextlib.contextmanager
+    def _sinks(self, run: "_Run", display: Display) -> Iterator[list[Any]]:
+        """Where lines of metrics go: nowhere except from the main process."""
+        sinks: list[Any] = []
+        if run.accelerator.is_main_process:
+            sinks.append(MetricsFile(self.run_dir / "metrics.jsonl", run.ledger.step))
+            if self.config.tensorboard:
+                sinks.append(TensorBoard(self.run_dir / "tb", run.ledger.step, display.say))
+        try:
+            yield sinks
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def _update(self, run: "_Run", batches: Iterator[Any], clock: Clock) -> dict[str, float]:
+        """One optimiser update; returns its values, averaged over micro-batches and processes."""
+        config, accelerator, step = self.config, run.accelerator, run.ledger.step
+        lr = run.schedule.set(step)
+        bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
+        outputs = []
+        for micro in range(config.accumulate):
+            with clock.waiting():
+                batch = _to_device(next(batches), accelerator.device)
+            seed_all(
+                derive_seed(config.seed, STEP, step, micro, accelerator.process_index), accelerator.device
+            )
+            partial = micro < config.accumulate - 1
+            with accelerator.no_sync(run.model) if partial else contextlib.nullcontext():
+                with bf16:
+                    loss, logs = run.model(batch)
+                accelerator.backward(loss / config.accumulate)
+            outputs.append({**logs, "loss": loss.detach()})
+        parameters = [p for p in run.bare.parameters() if p.grad is not None]
+        if config.grad_clip is not None:
+            norm = accelerator.clip_grad_norm_(parameters, config.grad_clip)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+
+        # Read once a step: the update must not happen if the loss or a gradient is not finite.
+        losses = [float(output["loss"]) for output in outputs]
+        values = {"loss": sum(losses) / len(losses)}
+        for name in outputs[0]:
+            if name != "loss":
+                values[name] = sum(float(output[name]) for output in outputs) / len(outputs)
+        values["grad_norm"] = float(norm)
+        if accelerator.num_processes > 1:
+            local = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
+            values = dict(zip(values, accelerator.reduce(local, "mean").tolist()))
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            bad = [micro for micro, loss in enumerate(losses) if not math.isfinite(loss)]
+            raise NonFiniteError(self._explain(run, values, bad[0] if bad else 0))
+        run.optimizer.step()
+        run.ledger.add(values)
+        clock.samples += config.batch_size
+        if self._averaged is not None:
+            self._averaged.decay = ema_decay(self.ema, run.ledger.step)
+            self._averaged.update(run.bare)
+        return values | {"lr": lr}
+
+    def _explain(self, run: "_Run", values: Mapping[str, float], micro: int) -> str:
+        step = run.ledger.step
+        places = run.stream.places(step, micro)
+        # Fetched again, with the same draws: they are seeded by position.
+        batch = run.loader.collate_fn(run.loader.dataset.__getitems__(places))
+        steps = self.checkpoints.steps()
+        last = self.checkpoints.path(steps[-1]) if steps else "none"
+        indices = ", ".join(str(place.index) for place in places[:8]) + (", ..." if len(places) > 8 else "")
+        return (
+            f"stopped at step {step + 1}: {', '.join(f'{k} {v:.4g}' for k, v in values.items())}\n"
+            f"{describe_nonfinite(batch, run.bare)}\n  samples: {indices}\n"
+            f"The update was not made; last checkpoint: {last}. "
+            "Look at the inputs named, or use a lower learning rate, a longer warm-up or gradient clipping"
+        )
+
+    def _checkpoint(self, run: "_Run", sinks: list[Any], clock: Clock, regular: bool) -> None:
+        """Write a checkpoint; only ``regular`` ones compete for best, so an interrupt changes nothing."""
+        ledger, accelerator = run.ledger, run.accelerator
+        improved = False
+        if regular:
+            score = -ledger.interval.means()["loss"]
+            if self.score is not None:
+                score = float(self.score(self.final_model.eval(), ledger.step))
+                run.model.train()
+            improved = score > ledger.best["score"]
+            if improved:
+                ledger.best = {"step": ledger.step, "score": score}
+            ledger.interval.clear()
+        if accelerator.is_main_process:
+            for sink in sinks:
+                sink.sync()
+            ledger.seconds = clock.total()
+            state = {
+                "samples": len(self.dataset),
+                **ledger.state(),
+                "model": run.bare.state_dict(),
+                "ema": None if self._averaged is None else self._averaged.module.state_dict(),
+                "optimizer": run.optimizer.state_dict(),
+            }
+
+            def write(folder: Path) -> None:
+                self.save(self.final_model, folder)
+                with open(folder / "trainer.pt", "wb") as file:
+                    torch.save(state, file)
+
+            self.checkpoints.save(ledger.step, write, best=improved)
+        accelerator.wait_for_everyone()
+
+
+@dataclass
+class _Run:
+    """The live objects of one call of `Trainer.fit`; ``bare`` is the model without any wrapper."""
+
+    accelerator: Any
+    bare: nn.Module
+    model: nn.Module
+    optimizer: Any
+    schedule: Schedule
+    stream: SampleStream
+    loader: DataLoader
+    ledger: Ledger
+
+
+def _accelerator() -> Any:
+    """An Accelerator of one process or DDP. Precision is our autocast: Accelerate would patch ``forward``."""
+    accelerate = require("accelerate", "train")
+    accelerator = accelerate.Accelerator(mixed_precision="no")
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"Accelerate was launched as {kind}; this trainer runs one process or DDP (MULTI_GPU)"
+        )
+    return accelerator
+
+
+def _name_idle(model: nn.Module, display: Display) -> None:
+    """Say which trainable parameters the loss does not reach."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
+        display.say(f"warning: the loss does not reach {len(idle)} trainable parameters: {shown}")
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return batch
+    from accelerate.utils import send_to_device
+
+    return send_to_device(batch, device, non_blocking=True)
+
+
+def _averaged_copy(model: nn.Module) -> Any:
+    """timm's moving average of the whole state dict, buffers included."""
+    require_timm()
+    from timm.utils import ModelEmaV3
+
+    seen: dict[int, str] = {}
+    for name, value in model.state_dict().items():
+        twin = seen.setdefault(value.data_ptr(), name) if value.numel() else name
+        if twin != name:
+            raise ValueError(
+                f"{twin} and {name} share memory, so the moving average would count them twice a step; untie "
+                "them or set ema.enabled to false"
+            )
+    return ModelEmaV3(model)
+
+
+def _load(module: nn.Module, values: Mapping[str, torch.Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(values)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} is a checkpoint of another architecture: {error}") from error
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))

@@ -1,0 +1,268 @@
+"""The mLSTM as a function of tensors: arguments, checks and the choice of a backend.
+
+Shapes: B batch, H heads, T steps, Dk and Dv head sizes.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .mlstm_chunkwise import mlstm_chunkwise
+from .mlstm_naive import mlstm_recurrent_naive, mlstm_step_naive
+
+GATES = ("exp", "sigmoid")
+BACKENDS = ("auto", "triton", "cpu", "torch", "naive")
+
+
+class MLSTMState(NamedTuple):
+    """What an mLSTM remembers: c (B, H, Dk, Dv), n (B, H, Dk), m (B, H).
+
+    c and n are in units of exp(m) (the exponential gate's stabiliser): the memory itself is ``c * exp(m)``. The
+    sigmoid gate has no stabiliser, its m is None. n may be None where the form is not normalised.
+    """
+
+    c: Tensor
+    n: Tensor | None
+    m: Tensor | None
+
+
+def mlstm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState | None = None,
+    *,
+    gate: str = "exp",
+    normalize: bool | None = None,
+    reverse: bool = False,
+    return_state: bool = False,
+    reset: Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, MLSTMState]:
+    """Run an mLSTM over a sequence (xLSTM, arXiv 2405.04517, equations 19 to 27; TFLA, arXiv 2503.14376).
+
+    ::
+
+        C_t = F C_{t-1} + I k_t v_t^T,   n_t = F n_{t-1} + I k_t,   s_t = Dk^-1/2 q_t . n_t
+        h_t = Dk^-1/2 C_t^T q_t / (max(|s_t|, exp(-m_t)) + eps)
+
+    with F = sigmoid(f), I = exp(i) for ``gate="exp"`` (C and n kept in units of exp(m_t), m_t = max(log F + m_{t-1}, i))
+    and I = sigmoid(i), m = 0 for ``gate="sigmoid"``.
+
+    Args:
+        q, k: queries and keys (B, H, T, Dk), any strides. The scale Dk^-1/2 is applied inside.
+        v: values (B, H, T, Dv).
+        i, f: gate pre-activations (B, H, T).
+        state: state before the first step; zero (with m = 0) when None.
+        gate: ``exp`` or ``sigmoid``.
+        normalize: divide by the normaliser; None means yes for ``exp`` and no for ``sigmoid``. Not normalised, h is
+            ``Dk^-1/2 q_t`` times the memory itself, ``C_t exp(m_t)`` for ``exp``, which overflows when i is large.
+        reverse: run the sequence from its end; h_t then depends on the steps t, ..., T - 1.
+        return_state: also return the state after the last step that was run.
+        reset: (B, T) bool, True where a new sequence begins inside a row: nothing passes from before t to t or
+            later (in reverse, nothing from t or later to before t). ``reset[:, 0]`` drops ``state``.
+        chunk_size: steps of one chunk; chosen by the backend when None. It moves no result beyond rounding.
+        backend: ``auto`` (by device), ``triton``, ``cpu``, ``torch`` or ``naive``.
+        eps: added to the normaliser.
+
+    Returns:
+        h (B, H, T, Dv) in q's dtype and, with ``return_state``, the last `MLSTMState`. Gates and states are
+        accumulated in float32, or float64 where an argument has it. Every gradient is exact (normaliser, first
+        and last state included); second derivatives are not available (except for ``naive``).
+
+    Raises:
+        ValueError: arguments that do not fit together.
+        RuntimeError: a backend forced by name that cannot run here.
+    """
+    normalize = _check_options(gate, normalize)
+    _check_sequence(q, k, v, i, f)
+    if reset is not None:
+        _check_reset(reset, q)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size}; pass a positive number of steps or None")
+    chosen = _choose_backend(backend, q.device)
+    acc = _accumulation_dtype(q, i, f)
+    i, f = i.to(acc), f.to(acc)
+    if state is not None:
+        state = _check_state(state, q, v, gate, normalize, acc)
+    if chosen == "naive":
+        given = state or _zero_state(q, v, gate, acc)
+        h, last = mlstm_recurrent_naive(
+            q.to(acc), k.to(acc), v.to(acc), i, f, given, reset, gate, normalize, reverse, eps
+        )
+        h = h.to(q.dtype)
+    else:
+        given = state or (None, None, None)
+        h, last = mlstm_chunkwise(
+            q, k, v, i, f, given, reset, gate, normalize, reverse, return_state, chunk_size, eps
+        )
+    return (h, MLSTMState(*last)) if return_state else h
+
+
+def mlstm_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: MLSTMState | None = None,
+    *,
+    gate: str = "exp",
+    normalize: bool | None = None,
+    backend: str = "auto",
+    eps: float = 1e-6,
+) -> tuple[Tensor, MLSTMState]:
+    """One step of `mlstm`, O(1) in the length of the past.
+
+    Args:
+        q, k: (B, H, Dk); v (B, H, Dv); i, f (B, H) gate pre-activations.
+        state: the state before this step; zero when None.
+        gate, normalize, backend, eps: as in `mlstm`.
+
+    Returns:
+        h (B, H, Dv) in q's dtype and the next state (new tensors; the given state is not changed).
+    """
+    normalize = _check_options(gate, normalize)
+    _check_step(q, k, v, i, f)
+    _choose_backend(backend, q.device)
+    acc = _accumulation_dtype(q, i, f)
+    given = _zero_state(q, v, gate, acc) if state is None else _check_state(state, q, v, gate, normalize, acc)
+    h, last = mlstm_step_naive(*(x.to(acc) for x in (q, k, v, i, f)), given, gate, normalize, eps)
+    return h.to(q.dtype), MLSTMState(*last)
+
+
+def _choose_backend(backend: str, device: torch.device) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}; known backends: {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "torch"
+    if backend in ("triton", "cpu"):
+        kernels = "Triton" if backend == "triton" else "compiled CPU"
+        raise RuntimeError(
+            f"backend {backend!r} is not available: this version has no {kernels} kernels yet; "
+            f"use backend='auto' or 'torch' (tensors are on {device})"
+        )
+    return backend
+
+
+def _check_options(gate: str, normalize: bool | None) -> bool:
+    if gate not in GATES:
+        raise ValueError(f"gate={gate!r}; known gates: {', '.join(GATES)}")
+    return gate == "exp" if normalize is None else bool(normalize)
+
+
+def _check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None:
+    _check_tensors(q=q, k=k, v=v, i=i, f=f)
+    if q.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)}; pass (B, H, T, Dk)")
+    if 0 in q.shape:
+        raise ValueError(f"q has shape {tuple(q.shape)}; every size must be at least 1")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; pass q's shape {tuple(q.shape)} (B, H, T, Dk)")
+    if v.dim() != 4 or v.shape[:3] != q.shape[:3] or v.shape[3] == 0:
+        raise ValueError(f"v has shape {tuple(v.shape)}; pass (B, H, T, Dv) = {(*q.shape[:3], 'Dv')}")
+    _check_gates(i, f, tuple(q.shape[:3]), "(B, H, T)")
+
+
+def _check_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None:
+    _check_tensors(q=q, k=k, v=v, i=i, f=f)
+    if q.dim() != 3:
+        raise ValueError(f"q has shape {tuple(q.shape)}; a step takes (B, H, Dk), a sequence goes to mlstm")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; pass q's shape {tuple(q.shape)} (B, H, Dk)")
+    if v.dim() != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v has shape {tuple(v.shape)}; pass (B, H, Dv) = {(*q.shape[:2], 'Dv')}")
+    _check_gates(i, f, tuple(q.shape[:2]), "(B, H)")
+
+
+def _check_gates(i: Tensor, f: Tensor, shape: tuple[int, ...], legend: str) -> None:
+    for name, x in (("i", i), ("f", f)):
+        if tuple(x.shape) != shape:
+            hint = f"; drop the last axis: {name}.squeeze(-1)" if tuple(x.shape) == (*shape, 1) else ""
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {legend} = {shape}{hint}")
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    q = tensors["q"]
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}; pass a torch.Tensor")
+        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"{name} has dtype {x.dtype}; pass float64, float32, bfloat16 or float16 ({name}.float())"
+            )
+        if x.device != q.device:
+            raise ValueError(
+                f"{name} is on {x.device} but q is on {q.device}; move all of them to one device"
+            )
+    for name in ("k", "v"):
+        if tensors[name].dtype != q.dtype:
+            raise ValueError(
+                f"{name} has dtype {tensors[name].dtype} but q has {q.dtype}; give q, k, v one dtype"
+            )
+
+
+def _check_reset(reset: Tensor, q: Tensor) -> None:
+    shape = (q.shape[0], q.shape[2])
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool or tuple(reset.shape) != shape:
+        got = (
+            f"{reset.dtype} {tuple(reset.shape)}"
+            if isinstance(reset, Tensor)
+            else f"a {type(reset).__name__}"
+        )
+        raise ValueError(f"reset is {got}; pass a torch.bool tensor (B, T) = {shape}")
+    if reset.device != q.device:
+        raise ValueError(f"reset is on {reset.device} but q is on {q.device}; move it there")
+
+
+def _check_state(
+    state: MLSTMState, q: Tensor, v: Tensor, gate: str, normalize: bool, acc: torch.dtype
+) -> MLSTMState:
+    if not isinstance(state, tuple) or len(state) != 3:
+        raise ValueError(f"state is {type(state).__name__}; pass an MLSTMState(c, n, m) or None")
+    c, n, m = state
+    batch, heads = q.shape[:2]
+    expected = {
+        "c": (c, (batch, heads, q.shape[-1], v.shape[-1])),
+        "n": (n, (batch, heads, q.shape[-1])),
+        "m": (m, (batch, heads)),
+    }
+    for name, (x, shape) in expected.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or tuple(x.shape) != shape:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"state.{name} has shape {got}; pass {shape}")
+        if not x.is_floating_point():
+            raise ValueError(f"state.{name} has dtype {x.dtype}; pass a floating-point tensor (best {acc})")
+        if x.device != q.device:
+            raise ValueError(f"state.{name} is on {x.device} but q is on {q.device}; move the state there")
+    if c is None:
+        raise ValueError("state.c is None; pass an MLSTMState with c, or state=None to start from zero")
+    if n is None:
+        if normalize:
+            raise ValueError("state.n is None; the normalised form needs it (B, H, Dk)")
+        n = torch.zeros(batch, heads, q.shape[-1], dtype=acc, device=q.device)
+    if gate == "exp":
+        if m is None:
+            raise ValueError("state.m is None; gate='exp' needs it (a state of gate='sigmoid' has none)")
+        m = m.to(acc)
+    elif m is not None:
+        raise ValueError("state.m is given, but gate='sigmoid' has no m: is this a state of gate='exp'?")
+    return MLSTMState(c.to(acc), n.to(acc), m)
+
+
+def _zero_state(q: Tensor, v: Tensor, gate: str, acc: torch.dtype) -> MLSTMState:
+    batch, heads = q.shape[:2]
+    c = torch.zeros(batch, heads, q.shape[-1], v.shape[-1], dtype=acc, device=q.device)
+    m = torch.zeros(batch, heads, dtype=acc, device=q.device) if gate == "exp" else None
+    return MLSTMState(c, torch.zeros_like(c[..., 0]), m)
+
+
+def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

@@ -1,0 +1,396 @@
+"""The `torch` backend of the mLSTM: chunkwise, any length, with a hand-written exact backward.
+
+The sequence is cut into chunks of L steps. Inside a chunk the quadratic form is used, between chunks the state
+(C, n, m) is carried, so the work is linear in T (TFLA, arXiv 2503.14376, section 3). With b the running sum of
+log f inside a chunk and u_s = log i_s - b_s, the row maximum of the gate matrix is a running maximum:
+
+    M_t = max(m_c, max_{s <= t} u_s),   m_t = b_t + M_t,   D_ts = exp(u_s - M_t),   a_t = exp(m_c - M_t)
+    num_t = sum_s scale (q_t . k_s) D_ts v_s + scale a_t q_t C_c,   den_t likewise with v = 1 and n_c
+    h_t = num_t / (max(|den_t|, exp(-m_t)) + eps)
+
+The sigmoid gate is the same with log i = logsigmoid(i) and m_t = 0, that is M_t = -b_t and a_t = exp(b_t).
+
+The backward is the gradient of the recurrence, the normaliser and the last state included. h depends on m only
+through eps (m is a choice of unit for C and n), and the returned m only through the step or initial state that
+attains the maximum: those two effects are gathered in `mu` and follow the arg-max path.
+
+Shapes: B batch, H heads, N = B * H, T steps, L steps of one chunk, Dk and Dv head sizes. Saved for backward: the
+arguments, h, one scalar a row and the states between chunks, O(T) for a fixed chunk size.
+"""
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .mlstm_naive import State, sequence_starts
+
+WHOLE_SEQUENCE = 256
+DEFAULT_CHUNK = 64
+
+
+class _Form(NamedTuple):
+    exponential: bool
+    normalize: bool
+    reverse: bool
+    chunk_size: int
+    eps: float
+
+
+class _Gates(NamedTuple):
+    """Gate quantities of one chunk, (N, L) in storage order."""
+
+    u: Tensor
+    row_max: Tensor
+    m: Tensor
+    start: Tensor  # a_t: weight of the chunk's initial state at step t
+    source: Tensor | None  # step that attains M_t; L stands for the initial m
+    same: Tensor | None  # (N, L, L) bool, t and s in one sequence and s not after t; None without resets
+    segment: Tensor | None
+
+
+def mlstm_chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: tuple[Tensor | None, Tensor | None, Tensor | None],
+    reset: Tensor | None,
+    gate: str,
+    normalize: bool,
+    reverse: bool,
+    return_state: bool,
+    chunk_size: int | None,
+    eps: float,
+) -> tuple[Tensor, State | None]:
+    """h (B, H, T, Dv) and, when asked for, the last state.
+
+    Arguments as `vilma.xlstm.mlstm` has checked them: i, f and the state in the accumulation dtype, q, k, v of
+    any one dtype. A state of three None starts from zero and costs nothing.
+    """
+    steps = q.shape[2]
+    if chunk_size is None:
+        chunk_size = steps if steps <= WHOLE_SEQUENCE else DEFAULT_CHUNK
+    form = _Form(gate == "exp", normalize, reverse, min(chunk_size, steps), eps)
+    starts = None if reset is None else sequence_starts(reset, reverse)
+    h, c, n, m = _Chunkwise.apply(q, k, v, i, f, *state, starts, form, return_state)
+    return h, (c, n, m) if return_state else None
+
+
+class _Chunkwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, i, f, c0, n0, m0, starts, form: _Form, return_state: bool):
+        ctx.set_materialize_grads(False)
+        ctx.form = form
+        with _no_autocast(q):
+            h, last, dens, inner, (q, k, v) = _forward(
+                q, k, v, i, f, (c0, n0, m0), starts, form, return_state
+            )
+        ctx.save_for_backward(q, k, v, i, f, c0, n0, m0, starts, *last, *dens, *(x for s in inner for x in s))
+        return h, *last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dc, dn, dm):
+        q, k, v, i, f, c0, n0, m0, starts, c, n, m, *rest = ctx.saved_tensors
+        count = len(_spans(q.shape[2], ctx.form))
+        dens = rest[:count] if ctx.form.normalize else [None] * count
+        inner = rest[count:] if ctx.form.normalize else rest
+        states = [_by_row(c0, n0, m0), *(tuple(inner[j : j + 3]) for j in range(0, len(inner), 3))]
+        states.append(_by_row(c, n, m))
+        with _no_autocast(q):
+            grads = _backward(q, k, v, i, f, starts, states, dens, dh, _by_row(dc, dn, dm), ctx.form)
+        dc0, dn0, dm0 = (
+            None if x is None or d is None else d.view(x.shape) for d, x in zip(grads[5:], (c0, n0, m0))
+        )
+        return *grads[:5], dc0, dn0, dm0, None, None, None
+
+
+def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
+    """h, last state, normalisers and inner states a chunk (by row), and q, k, v as they are best kept."""
+    batch, heads, steps, dim_qk = q.shape
+    scale = dim_qk**-0.5
+    h = torch.empty_like(v)
+    log_f, log_i = _log_gates(i, f, form.exponential)
+    c, n, m = _by_row(*state)
+    dens, inner = [], []
+    spans = _spans(steps, form)
+    for index, (lo, hi) in enumerate(spans):
+        gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, _heads_of(starts, lo, hi, heads), form)
+        q_, k_, v_ = (_chunk(x, lo, hi, log_f.dtype) for x in (q, k, v))
+        p = torch.bmm(q_, k_.mT).mul_(_gate_matrix(gates, form))
+        num = torch.bmm(p, v_)
+        if c is not None:
+            num.addcmul_(gates.start[..., None], torch.bmm(q_, c))
+        den = None
+        if form.normalize:
+            den = p.sum(-1)
+            if n is not None:
+                den.addcmul_(gates.start, torch.bmm(q_, n[..., None]).squeeze(-1))
+            dens.append(den.mul_(scale))
+        factor = _factor(den, gates.m, scale, form)
+        by_head = (batch, heads, hi - lo, -1)
+        torch.mul(num.view(by_head), factor.view(by_head), out=h[:, :, lo:hi])
+        if index + 1 < len(spans) or return_state:
+            c, n, m = _next_state(gates, k_, v_, c, n, form)
+            if index + 1 < len(spans):
+                inner.append((c, n, m))
+    last = (None, None, None)
+    if return_state:
+        last = (c.view(batch, heads, dim_qk, -1), n.view(batch, heads, dim_qk), None)
+        if m is not None:
+            last = (*last[:2], m.view(batch, heads))
+    if len(spans) == 1 and q.dtype == q_.dtype:
+        # where strides forced a copy, the backward takes the copy and the original can go
+        q, k, v = (x.view(y.shape) for x, y in zip((q_, k_, v_), (q, k, v)))
+    return h, last, dens, inner, (q, k, v)
+
+
+def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
+    batch, heads, steps, dim_qk = q.shape
+    scale = dim_qk**-0.5
+    log_f, log_i = _log_gates(i, f, form.exponential)
+    acc = log_f.dtype
+    spans = _spans(steps, form)
+    whole = len(spans) == 1
+    dq = dk = dv = None
+    if not whole:
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dlog_f, dlog_i = torch.empty_like(log_f), torch.empty_like(log_i)
+    dc, dn, mu = (x if x is None else x.to(acc) for x in d_last)
+    # mu: the gradient of m beside what the units of C and n carry of it
+    product = _state_product(states[-1], dc, dn)
+    if form.exponential and product is not None:
+        mu = -product if mu is None else mu - product
+
+    for index in range(len(spans) - 1, -1, -1):
+        lo, hi = spans[index]
+        last = 0 if form.reverse else hi - lo - 1
+        c, n, m = states[index]
+        gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, _heads_of(starts, lo, hi, heads), form)
+        q_, k_, v_ = (_chunk(x, lo, hi, acc) for x in (q, k, v))
+
+        factor = _factor(dens[index], gates.m, scale, form)
+        if dh is None:
+            g = torch.zeros_like(v_)
+        else:
+            g = torch.empty(v_.shape, dtype=acc, device=v_.device)
+            by_head = (batch, heads, hi - lo, -1)
+            torch.mul(dh[:, :, lo:hi], factor.view(by_head), out=g.view(by_head))
+        d = _gate_matrix(gates, form)
+        p = torch.bmm(q_, k_.mT).mul_(d)
+        ds = torch.bmm(g, v_.mT)
+        dv_ = torch.bmm(p.mT, g)
+        read = None if c is None else torch.bmm(g, c.mT)
+
+        delta = mu_row = None
+        if form.normalize:
+            # <dh, h>, from the pieces at hand
+            r = p.mul_(ds).sum(-1)
+            if read is not None:
+                r.addcmul_(gates.start, (q_ * read).sum(-1))
+            r *= factor
+            delta = _normaliser_gradient(r, dens[index], gates.m)
+            ds += delta[..., None]
+            if form.exponential:
+                mu_row = r.mul_(-form.eps / scale)
+        ds *= d
+        dq_ = torch.bmm(ds, k_)
+        dk_ = torch.bmm(ds.mT, q_)
+        if c is not None:
+            if delta is not None:
+                read.addcmul_(delta[..., None], n[:, None])
+            dq_.addcmul_(read, gates.start[..., None])
+        if product is not None:
+            write = _write_weights(gates, last)[..., None]
+            if dc is not None:
+                dv_.addcmul_(torch.bmm(k_, dc), write)
+                dk_.addcmul_(torch.bmm(v_, dc.mT), write)
+            if dn is not None:
+                dk_.addcmul_(dn[:, None], write)
+
+        dli = (k_ * dk_).sum(-1)
+        dlf = (q_ * dq_).sum(-1).sub_(dli)
+        mu_start = None
+        if form.exponential:
+            if mu is not None:
+                mu_row = torch.zeros_like(dlf) if mu_row is None else mu_row
+                mu_row[:, last] += mu
+            if mu_row is not None:
+                to_step, mu_start = _along_max(mu_row, gates)
+                dli += to_step
+                dlf += mu_row - to_step
+        if product is not None:
+            dlf[:, last] += product
+        dlog_f[:, lo:hi] = _suffix_sum(dlf, gates, form)
+        dlog_i[:, lo:hi] = dli
+        if whole:
+            dq, dk, dv = (x.view(y.shape).to(y.dtype) for x, y in zip((dq_, dk_, dv_), (q, k, v)))
+        else:
+            for x, y in zip((dq, dk, dv), (dq_, dk_, dv_)):
+                x[:, :, lo:hi] = y.view(batch, heads, hi - lo, -1)
+
+        if c is not None:
+            keep = gates.start[:, last]
+            q_start = q_ * gates.start[..., None]
+            dc = (
+                torch.bmm(q_start.mT, g)
+                if dc is None
+                else torch.baddbmm(dc * keep[:, None, None], q_start.mT, g)
+            )
+            dn = None if dn is None else dn * keep[:, None]
+            if delta is not None:
+                dn_ = torch.bmm(q_start.mT, delta[..., None]).squeeze(-1)
+                dn = dn_ if dn is None else dn + dn_
+            product, mu = _state_product(states[index], dc, dn), mu_start
+
+    dm = None
+    if states[0][2] is not None:
+        dm = product if mu is None else product + mu
+    if not form.exponential:
+        dlog_i = dlog_i * torch.sigmoid(-i.flatten(0, 1))
+    df = dlog_f * torch.sigmoid(-f.flatten(0, 1))
+    return dq, dk, dv, dlog_i.view(i.shape), df.view(f.shape), dc, dn, dm
+
+
+def _log_gates(i: Tensor, f: Tensor, exponential: bool) -> tuple[Tensor, Tensor]:
+    """log f and log i, (N, T)."""
+    log_f = F.logsigmoid(f).flatten(0, 1)
+    return log_f, i.flatten(0, 1) if exponential else F.logsigmoid(i).flatten(0, 1)
+
+
+def _spans(steps: int, form: _Form) -> list[tuple[int, int]]:
+    """[lo, hi) of each chunk, in the order in which they are run; the chunk that runs last may be shorter."""
+    spans = [(lo, min(lo + form.chunk_size, steps)) for lo in range(0, steps, form.chunk_size)]
+    return [(steps - hi, steps - lo) for lo, hi in spans] if form.reverse else spans
+
+
+def _chunk(x: Tensor, lo: int, hi: int, dtype: torch.dtype) -> Tensor:
+    """Steps [lo, hi) of (B, H, T, D) as (N, L, D); copies only what its strides or dtype force it to."""
+    return x[:, :, lo:hi].to(dtype).reshape(-1, hi - lo, x.shape[-1])
+
+
+def _heads_of(starts: Tensor | None, lo: int, hi: int, heads: int) -> Tensor | None:
+    return None if starts is None else starts[:, lo:hi].repeat_interleave(heads, 0)
+
+
+def _running(x: Tensor, reverse: bool) -> Tensor:
+    """Running sum along the last axis, from the first step that is run."""
+    return x.flip(-1).cumsum(-1).flip(-1) if reverse else x.cumsum(-1)
+
+
+def _chunk_gates(
+    log_f: Tensor, log_i: Tensor, m: Tensor | None, starts: Tensor | None, form: _Form
+) -> _Gates:
+    reverse, steps = form.reverse, log_f.shape[-1]
+    same = segment = None
+    if starts is None:
+        b = _running(log_f, reverse)
+    else:
+        segment = _running(starts.to(torch.int32), reverse)
+        same = segment[:, :, None] == segment[:, None, :]
+        same = same.triu_() if reverse else same.tril_()
+        b = torch.where(same, log_f[:, None, :], 0.0).sum(-1)
+    u = log_i - b
+    if not form.exponential:
+        start = torch.exp(b)
+        if segment is not None:
+            start = torch.where(segment == 0, start, 0.0)
+        return _Gates(u, -b, torch.zeros_like(b), start, None, same, segment)
+    if same is None:
+        top, source = (u.flip(-1) if reverse else u).cummax(-1)
+        if reverse:
+            top, source = top.flip(-1), (steps - 1 - source).flip(-1)
+        initial = torch.zeros_like(top[:, :1]) if m is None else m[:, None]
+    else:
+        top, source = torch.where(same, u[:, None, :], float("-inf")).max(-1)
+        initial = 0.0 if m is None else m[:, None]
+        initial = torch.where(segment == 0, initial, 0.0).to(u.dtype)
+    row_max = torch.maximum(top, initial)
+    source = torch.where(initial > top, steps, source)
+    start = torch.exp(initial - row_max)
+    if segment is not None:
+        start = torch.where(segment == 0, start, 0.0)
+    return _Gates(u, row_max, b + row_max, start, source, same, segment)
+
+
+def _gate_matrix(gates: _Gates, form: _Form) -> Tensor:
+    """D (N, L, L), row t and column s; zero where s comes after t or lies in another sequence."""
+    d = (gates.u[:, None, :] - gates.row_max[:, :, None]).exp_()
+    if gates.same is not None:
+        return d.masked_fill_(~gates.same, 0.0)
+    return d.triu_() if form.reverse else d.tril_()
+
+
+def _write_weights(gates: _Gates, last: int) -> Tensor:
+    """Weight of step s in the chunk's last state: the last row of D."""
+    weights = torch.exp(gates.u - gates.row_max[:, last, None])
+    if gates.same is not None:
+        weights = torch.where(gates.same[:, last], weights, 0.0)
+    return weights
+
+
+def _factor(den: Tensor | None, m: Tensor, scale: float, form: _Form) -> Tensor:
+    """scale over the divisor of h, one a row."""
+    if form.normalize:
+        return scale / (torch.maximum(den.abs(), torch.exp(-m)) + form.eps)
+    return scale * torch.exp(m)
+
+
+def _normaliser_gradient(r: Tensor, den: Tensor, m: Tensor) -> Tensor:
+    """delta_t, the gradient of den: zero where the floor is active. r is <dh, h> scale / divisor."""
+    return torch.where(den.abs() > torch.exp(-m), -den.sign(), 0.0).mul_(r)
+
+
+def _along_max(mu: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
+    """Hand mu_t, (N, L), to what attains the maximum M_t: the steps (N, L) and the initial m (N,)."""
+    steps = mu.shape[-1]
+    spread = mu.new_zeros(mu.shape[0], steps + 1).scatter_add_(1, gates.source, mu)
+    if gates.segment is None:
+        return spread[:, :-1], spread[:, -1]
+    initial = (gates.source == steps) & (gates.segment == 0)
+    return spread[:, :-1], torch.where(initial, mu, 0.0).sum(-1)
+
+
+def _next_state(
+    gates: _Gates, k: Tensor, v: Tensor, c: Tensor | None, n: Tensor | None, form: _Form
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    last = 0 if form.reverse else k.shape[1] - 1
+    key = k * _write_weights(gates, last)[..., None]
+    if c is None:
+        c_next, n_next = torch.bmm(key.mT, v), key.sum(1)
+    else:
+        keep = gates.start[:, last, None]
+        c_next = torch.baddbmm(c * keep[..., None], key.mT, v)
+        n_next = torch.addcmul(key.sum(1), n, keep)
+    return c_next, n_next, gates.m[:, last] if form.exponential else None
+
+
+def _state_product(state: tuple, dc: Tensor | None, dn: Tensor | None) -> Tensor | None:
+    """<C, dC> + <n, dn> of each row, (N,); None when neither has a gradient."""
+    total = None if dc is None else (state[0] * dc).sum((1, 2))
+    if dn is None:
+        return total
+    with_n = (state[1] * dn).sum(1)
+    return with_n if total is None else total + with_n
+
+
+def _suffix_sum(x: Tensor, gates: _Gates, form: _Form) -> Tensor:
+    """Sum of x over the steps that are not run before t and belong to t's sequence."""
+    if gates.same is None:
+        return _running(x, not form.reverse)
+    return torch.where(gates.same, x[:, :, None], 0.0).sum(1)
+
+
+def _by_row(c: Tensor | None, n: Tensor | None, m: Tensor | None) -> tuple:
+    """A state (B, H, ...) as (N, ...)."""
+    return tuple(x if x is None else x.flatten(0, 1) for x in (c, n, m))
+
+
+def _no_autocast(x: Tensor):
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
