@@ -47,18 +47,19 @@ def figure(
     mappings by camera name with the same keys. Point maps share their colours, so equal colours are equal
     places.
     """
-    pyplot_figure = require("matplotlib.figure", "robot").Figure
+    make_figure = require("matplotlib.figure", "robot").Figure
     rgb, depth, maps = ({"": x} if not isinstance(x, Mapping) else x for x in (rgb, depth, point_map))
     if not maps or not rgb.keys() == depth.keys() == maps.keys():
         raise ValueError(
             f"rgb, depth and point_map must name the same cameras: {[*rgb]}, {[*depth]}, {[*maps]}"
         )
     bounds = _bounds(list(maps.values()))
-    canvas = pyplot_figure(figsize=(14, 3.5 * len(maps)), dpi=110, layout="constrained")
+    canvas = make_figure(figsize=(16, 3.8 * len(maps)), dpi=100, layout="constrained")
+    grid = canvas.add_gridspec(len(maps), 4, width_ratios=(1, 1.2, 1, 1.4))
     for row, (name, one) in enumerate(maps.items()):
         points, valid = _single(one)
         image, metres = _rgb(rgb[name]), _numpy(depth[name]).squeeze()
-        axes = [canvas.add_subplot(len(maps), 4, 4 * row + k + 1) for k in range(3)]
+        axes = [canvas.add_subplot(grid[row, k]) for k in range(3)]
         axes[0].imshow(image)
         shown = axes[1].imshow(np.where(valid, metres, np.nan), cmap="viridis")
         axes[1].set_facecolor("black")
@@ -66,7 +67,7 @@ def figure(
         axes[2].imshow(colorize(one, bounds))
         for axis, label in zip(axes, ("RGB", "depth", f"point map, {valid.mean():.0%} valid"), strict=True):
             axis.set(title=f"{name}: {label}" if name else label, xticks=[], yticks=[])
-        space = canvas.add_subplot(len(maps), 4, 4 * row + 4, projection="3d")
+        space = canvas.add_subplot(grid[row, 3], projection="3d")
         colors = image if image.shape[:2] == valid.shape else colorize(one, bounds)
         _scatter(space, points[valid], colors[valid], bounds)
         space.set_title(f"points in frame {one.frame}" if one.frame else "points")
@@ -106,24 +107,33 @@ def write_ply(points: Array, colors: Array | None, path: str | os.PathLike) -> P
 
 
 def _scatter(axis, points: np.ndarray, colors: np.ndarray, bounds: tuple[np.ndarray, np.ndarray]) -> None:
-    stride = max(1, len(points) // 6000)
-    axis.scatter(*points[::stride].T, c=colors[::stride] / 255, s=2, linewidths=0, depthshade=False)
+    locator = require("matplotlib.ticker", "robot").MaxNLocator
     low, high = bounds
     extent = np.maximum(high - low, 1e-3)
-    for name, start, stop in zip("xyz", low, high, strict=True):
-        getattr(axis, f"set_{name}lim")(start, max(stop, start + 1e-3))
-    axis.set_box_aspect(extent / extent.max())
+    inside = ((points >= low) & (points <= high)).all(-1)
+    points, colors = points[inside], colors[inside]
+    stride = max(1, len(points) // 6000)
+    axis.scatter(*points[::stride].T, c=colors[::stride] / 255, s=4, linewidths=0, depthshade=False)
+    for name, start, length in zip("xyz", low, extent, strict=True):
+        getattr(axis, f"set_{name}lim")(start, start + length)
+        getattr(axis, f"{name}axis").set_major_locator(locator(3))
+    # True proportions, but a flat scene keeps room for its labels.
+    axis.set_box_aspect(np.maximum(extent / extent.max(), 0.15), zoom=1.1)
     axis.set(xlabel="x", ylabel="y", zlabel="z")
-    axis.tick_params(labelsize=6)
+    axis.tick_params(labelsize=7)
 
 
 def _bounds(maps: list[PointMap]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the points of all maps lie, but for the outermost 1 % that would flatten the colours."""
-    clouds = [points[valid] for points, valid in map(_single, maps)]
-    cloud = np.concatenate(clouds)
+    """Corners of the scene: a far wall or floor must not flatten what lies near.
+
+    The box of all points within 2.5 median distances of the median point.
+    """
+    cloud = np.concatenate([points[valid] for points, valid in map(_single, maps)])
     if len(cloud) == 0:
         return np.zeros(3), np.ones(3)
-    return np.percentile(cloud, 1, axis=0), np.percentile(cloud, 99, axis=0)
+    distance = np.linalg.norm(cloud - np.median(cloud, axis=0), axis=-1)
+    near = cloud[distance <= 2.5 * np.median(distance)]
+    return near.min(axis=0), near.max(axis=0)
 
 
 def _single(point_map: PointMap) -> tuple[np.ndarray, np.ndarray]:

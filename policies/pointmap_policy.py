@@ -364,8 +364,8 @@ class PointMapPolicy(Policy):
             points = points.crop(c.workspace)
         image = points.to_image(mask=c.valid_channel)
         if c.point_center is not None or c.point_scale is not None:
-            hole = ~points.valid[:, None]
-            image[:, :3].sub_(self.point_center).div_(self.point_scale).masked_fill_(hole, 0)
+            image[:, :3].sub_(self.point_center).div_(self.point_scale)
+            image[:, :3].mul_(points.valid[:, None])  # holes stay 0
         return image
 
     def _image_size(self, obs: Mapping[str, Any], camera: str) -> tuple[int, int]:

@@ -49,6 +49,7 @@ def test_override_leaves_its_input_alone():
         ({"stepps": 3}, r"unknown field 'stepps' in Run; did you mean 'steps'"),
         ({"optim": {"learning": 3}}, r"unknown field 'learning' in Optim; it has: lr, betas"),
         ({"optim": {"lr": "fast"}}, r"optim.lr.*'fast'"),
+        ({"optim": {"betas": "front"}}, r"optim.betas is the text 'front', wanted a list"),
     ],
 )
 def test_bad_values_are_named(values, message):

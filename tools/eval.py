@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def find_policy(run: str, checkpoint: str) -> tuple[Path, Path, str]:
-    """The folder with the weights, the directory whose ``eval/`` gets the result, and the checkpoint's name."""
+    """The folder with the weights, the directory whose ``eval/`` gets the result, the checkpoint's name."""
     path = Path(run)
     if not path.exists() and re.fullmatch(r"[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", run):
         raise ValueError(

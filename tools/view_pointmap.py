@@ -24,9 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in depth_problems(depth):
             print(f"warning: {name}_depth: {problem}")
         camera = Camera(intrinsic, extrinsic, depth.shape)
-        maps[name] = PointMap.from_depth(
-            depth, camera, tuple(options.depth_range), frame=options.reference_frame
-        )
+        seen = PointMap.from_depth(depth, camera, tuple(options.depth_range), frame=options.reference_frame)
+        maps[name] = seen.crop(np.reshape(options.workspace, (2, 3))) if options.workspace else seen
         images[name], depths[name] = image, depth
     title = f"{Path(options.episodes).name}  {options.episode}  frame {options.frame}"
     print(figure(images, depths, maps, options.out, title))
@@ -104,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--frame", type=int, default=0, help="row of the episode, negative from its end")
     parser.add_argument("--cameras", nargs="+", metavar="NAME", help="default: all with depth and geometry")
     parser.add_argument("--depth-range", nargs=2, type=float, default=(0.01, 5.0), metavar=("NEAR", "FAR"))
+    parser.add_argument(
+        "--workspace", nargs=6, type=float, metavar="M", help="show only x y z (minima) to x y z"
+    )
     parser.add_argument("--reference-frame", default="world", help="what the poses lead to, for the labels")
     parser.add_argument("--out", default="pointmap.png", help="the picture, default: %(default)s")
     parser.add_argument("--ply", help="also write the cloud of all cameras, coloured, in the reference frame")

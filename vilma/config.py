@@ -127,7 +127,11 @@ def _check_fields(cls: type, values: Any, where: str) -> None:
             raise ConfigError(
                 f"{where + ': ' if where else ''}unknown field {key!r} in {cls.__name__}; {known}"
             )
-        _check_fields(hints[key], value, f"{where}.{key}" if where else key)
+        path = f"{where}.{key}" if where else key
+        if isinstance(value, str) and typing.get_origin(hints[key]) in (tuple, list):
+            # The library would take the text for a sequence of letters.
+            raise ConfigError(f"{path} is the text {value!r}, wanted a list, e.g. [{value}]")
+        _check_fields(hints[key], value, path)
 
 
 def _dataclass_in(annotation: Any) -> type | None:

@@ -42,16 +42,16 @@ class EvaluationError(ValueError):
 
 
 class RolloutPolicy(Protocol):
-    """What the runner asks of a policy. One row for each simulator."""
+    """What the runner asks of a policy. One row for each simulator; ``seed_rows`` is optional."""
 
     def select_action(self, obs: Mapping[str, Any]) -> Any:
         """The next actions (B, A) of all rows, from arrays (B, ...) and lists of B strings."""
 
-    def reset(self, rows: Sequence[int] | None = None, seeds: Sequence[int] | None = None) -> None:
-        """New episodes begin in these rows: forget everything about them, and seed their sampling noise.
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        """Forget everything about these rows (all of them when None): a new episode begins there."""
 
-        With ``rows=None`` everything is forgotten, and there will be as many rows as seeds.
-        """
+    def seed_rows(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
+        """Seed the rows' own sampling noise, so that an episode does not depend on the others."""
 
     def needs_observation(self, n: int) -> Sequence[bool]:
         """For each of n rows, whether the images of the next observation will be looked at."""

@@ -101,8 +101,9 @@ def _read_results(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
-            _table_row(path.stem, result)
-            _hero_card(result, "", "") if result["episodes"] else None
+            # A file that cannot be drawn alone is named; it must not cost the rest of the page.
+            _table({path.stem: result}, [])
+            _hero(result, None)
             results[path.stem] = result
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             unreadable.append(path.name)
@@ -145,18 +146,18 @@ def _interval_bar(summary: Mapping[str, Any], label: str = "") -> str:
     """0 to 100 %: the interval as a band, the rate as a mark."""
     low, high = summary["wilson95"]
     rate = summary["rate"] or 0.0
+    spoken = f"{escape(label)} {rate:.1%}, interval {low:.1%} to {high:.1%}"
     return (
-        f'<svg class="interval" viewBox="0 0 400 22" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(label)} {rate:.1%}, interval {low:.1%} to {high:.1%}">'
-        '<rect class="track" x="0" y="8" width="400" height="6" rx="3"/>'
-        f'<rect class="band" x="{400 * low:.1f}" y="5" width="{max(2, 400 * (high - low)):.1f}" height="12" '
-        f'rx="3"/><rect class="mark" x="{min(397, max(0, 400 * rate - 1.5)):.1f}" y="1" width="3" '
-        'height="20" rx="1.5"/></svg>'
+        f'<svg class="interval" role="img" aria-label="{spoken}">'
+        '<rect class="track" width="100%" y="8" height="6" rx="3"/>'
+        f'<rect class="band" x="{100 * low:.2f}%" width="{100 * (high - low):.2f}%" y="5" height="12" '
+        'rx="3"/>'
+        f'<rect class="mark" x="{99 * rate:.2f}%" width="3" y="1" height="20" rx="1.5"/></svg>'
     )
 
 
 def _hero(best: Mapping[str, Any] | None, blanked: Mapping[str, Any] | None) -> str:
-    if best is None:
+    if best is None or not best["episodes"]:
         return f'<section class="hero">{_absent("Success rate")}</section>'
     cards = [_hero_card(best, "closed-loop success on seeds it never saw", "big")]
     if blanked is not None:
@@ -232,7 +233,7 @@ def _curves(path: Path) -> str:
 def _chart(title: str, points: Sequence[tuple[float, float]], logarithmic: bool, smooth: bool) -> str:
     """A line over steps. Noisy series get a running mean on top of the measured values."""
     width, height, left, bottom, top, right = 460, 240, 52, 28, 10, 12
-    points = sorted(points)[:: max(1, len(points) // 600)]
+    points = sorted(points)[:: -max(1, len(points) // 600)][::-1]
     xs, ys = [x for x, _ in points], [y for _, y in points]
     logarithmic = logarithmic and min(ys) > 0 and max(ys) > 8 * min(ys)
     scale = math.log10 if logarithmic else float
@@ -344,8 +345,8 @@ def _phases(timings: Mapping[str, Mapping[str, Any]]) -> str:
     total = sum(t["seconds"] for t in timings.values())
     rows = [
         f"<tr><td>{escape(phase)}</td><td>{_duration(t['seconds'])}</td><td>"
-        f'<svg class="share" viewBox="0 0 100 8" preserveAspectRatio="none"><rect class="mark" width='
-        f'"{100 * t["seconds"] / max(total, 1e-9):.1f}" height="8" rx="1"/></svg></td>'
+        f'<svg class="share"><rect class="mark" width="{100 * t["seconds"] / max(total, 1e-9):.1f}%" '
+        'height="8" rx="1"/></svg></td>'
         f"<td><code>{escape(str(t.get('command', '')))}</code></td></tr>"
         for phase, t in timings.items()
     ]
@@ -412,7 +413,7 @@ STYLE = """
   --soft: #98a2b0; --line: #31363d; --accent: #84adff; --band: #35548f; --good: #4fc487; --bad: #f08a75; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 2rem 1.2rem 3rem; background: var(--page);
-  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
+  color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 header h1 { margin: 0; font-size: 1.7rem; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 header p { margin: .1rem 0 1.2rem; color: var(--soft); }
 section { margin: 0 0 1.2rem; padding: 1.1rem 1.3rem; background: var(--card); border: 1px solid var(--line);
@@ -424,7 +425,7 @@ h2 { margin: 0 0 .7rem; font-size: 1.05rem; }
 .small .figure { font-size: 2.6rem; color: var(--soft); margin-top: 1.35rem; }
 .card p { margin: .2rem 0 .7rem; }
 .note, figcaption span, footer, .absent { color: var(--soft); font-size: .88rem; }
-.interval { display: block; width: 100%; min-width: 110px; height: 22px; }
+.interval { display: block; overflow: visible; width: 100%; min-width: 110px; height: 22px; }
 .track { fill: var(--line); } .band { fill: var(--band); } .mark { fill: var(--accent); }
 .share { width: 160px; height: 8px; }
 figure { margin: 0; } figcaption { font-size: .9rem; margin: .3rem 0; }

@@ -66,7 +66,7 @@ class Rollout:
     def run(self, todo: Sequence[int]) -> None:
         """Play these episodes."""
         self.waiting = collections.deque(todo)
-        self.policy.reset(seeds=[self.seed] * len(self.rows))
+        self.policy.reset()
         while self.waiting or any(row.is_busy for row in self.rows):
             self._begin_episodes()
             if any(row.is_busy for row in self.rows):
@@ -92,7 +92,9 @@ class Rollout:
                 self.rows[i].observation = self._attempt(i, self.rows[i].simulator.reset_wait, self.timeout_s)
         begun = [i for i in free if self.rows[i].is_busy]
         if begun:
-            self.policy.reset(begun, seeds=[self.seed + self.rows[i].episode for i in begun])
+            self.policy.reset(begun)
+            if hasattr(self.policy, "seed_rows"):
+                self.policy.seed_rows(begun, [self.seed + self.rows[i].episode for i in begun])
         for i in begun:
             self._film(self.rows[i])
 

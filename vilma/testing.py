@@ -25,7 +25,7 @@ def rms_ratio(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(actual: Tensor, expected: Tensor, ratio: float, name: str = "") -> None:
-    """Fail unless shapes agree and the RMS of the difference is at most ``ratio`` times the RMS of ``expected``.
+    """Fail unless shapes agree and the difference has an RMS of at most ``ratio`` times that of ``expected``.
 
     One figure for a whole tensor: a bound on single elements must be loose enough for its worst one and then
     says little about the rest. Anything non-finite in ``actual`` or ``expected`` fails.
@@ -40,7 +40,7 @@ def assert_close(actual: Tensor, expected: Tensor, ratio: float, name: str = "")
 
 
 def golden_dir(family: str) -> Path:
-    """The folder of golden vectors ``../shared/fixtures/<family>``; skips the running test when it is absent."""
+    """The folder of golden vectors ``../shared/fixtures/<family>``; skips the running test when absent."""
     folder = _SHARED / family
     if not folder.is_dir():
         _skip(f"golden vectors not found: {folder} (expected beside the repository)")
@@ -70,7 +70,7 @@ def golden(family: str, file: str) -> dict[str, Tensor]:
 
 
 def golden_cases(family: str) -> list[dict[str, Any]]:
-    """The entries of the family's ``index.json`` whose files can be loaded here (all, or the small copies)."""
+    """The entries of the family's ``index.json`` whose files are here (all, or the small copies)."""
     for folder in (_SHARED / family, _COPIES / family):
         index = folder / "index.json"
         if index.is_file():

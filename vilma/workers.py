@@ -62,6 +62,8 @@ class HostedEnv(gymnasium.Env):
         self.make_env = make_env
 
     def build(self) -> gymnasium.Space:
+        # Ctrl-C reaches the whole process group; only the policy's side answers it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         with _reported():
             self.env = self.make_env()
             return self.env.action_space
@@ -149,7 +151,7 @@ class Simulator:
             try:
                 self._send(self._envs.call_async, "dismiss")
                 self._wait("call", timeout_s, "closing")
-            except (SimulatorFailure, gymnasium.error.Error):
+            except (SimulatorFailure, gymnasium.error.AlreadyPendingCallError):
                 pass  # it is being ended anyway
         self.kill()
 

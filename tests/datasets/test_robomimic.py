@@ -168,7 +168,7 @@ def test_layout(good_file: Path) -> None:
         assert demo.attrs["seed"] == 2 and json.loads(demo.attrs["ep_meta"]) == {"lang": ""}
         for name in ("image", "depth"):
             pixels = demo[f"obs/agentview_{name}"]
-            assert pixels.chunks == (1, *pixels.shape[1:]) and pixels.compression == "gzip"
+            assert pixels.chunks == (1, *pixels.shape[1:]) and pixels.compression == "gzip" and pixels.shuffle
         assert file["mask/train"].dtype == "S6"
         assert file["mask/train"][:].tolist() == [b"demo_0", b"demo_2"]
         assert file["mask/valid"][:].tolist() == [b"demo_1"]
@@ -503,7 +503,11 @@ def _replace(path: Path, name: str, value: np.ndarray) -> None:
             "agentview_intrinsic",
         ),
         ("obs/agentview_intrinsic", np.zeros((9, 3, 3)), "agentview_intrinsic is not a camera matrix"),
-        ("obs/agentview_extrinsic", 2 * np.tile(np.eye(4), (9, 1, 1)), "agentview_extrinsic is not a rigid"),
+        (
+            "obs/agentview_extrinsic",
+            np.tile(np.diag([1.0, 2, 1, 1]), (9, 1, 1)),
+            "agentview_extrinsic is not a rigid",
+        ),
     ],
 )
 def test_wrong_values_are_errors_that_name_episode_and_key(

@@ -73,7 +73,8 @@ def test_opencv_projects_to_the_same_pixels():
 def test_mujoco_renders_what_the_camera_says():
     mujoco = pytest.importorskip("mujoco")
     model = mujoco.MjModel.from_xml_string(
-        """<mujoco><visual><quality offsamples="0"/><map znear="0.05" zfar="20"/></visual><statistic extent="1"/>
+        """<mujoco><statistic extent="1"/>
+        <visual><quality offsamples="0"/><map znear="0.05" zfar="20"/></visual>
         <worldbody><light pos="0 0 3"/><geom name="floor" type="plane" size="3 3 .1" pos="0 0 .2"/>
         <geom name="ball" type="sphere" size=".06" pos=".1 -.15 .5"/>
         <camera name="eye" pos=".9 .3 1.2" xyaxes="-.3 .95 0 -.6 -.2 .8" fovy="50"/></worldbody></mujoco>"""

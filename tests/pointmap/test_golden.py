@@ -1,4 +1,4 @@
-"""Geometry and FiLM against the golden vectors (small copies in tests/data, the rest beside the repository)."""
+"""Geometry and FiLM against the golden vectors."""
 
 import numpy as np
 import pytest

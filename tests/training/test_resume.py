@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -42,11 +43,17 @@ def assert_same(run_dir, reference):
 
 
 @pytest.fixture(scope="module")
-def reference(run_toy, tmp_path_factory):
+def finished(run_toy, tmp_path_factory):
+    """The directory of a run that nothing interrupted."""
     run_dir = tmp_path_factory.mktemp("reference") / "run"
     answer = run_toy(run_dir)
     assert answer["code"] == 0, answer["output"]
-    return outcome(run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def reference(finished):
+    return outcome(finished)
 
 
 def test_the_reference_learns_and_depends_on_its_seed(run_toy, reference, tmp_path):
@@ -111,11 +118,21 @@ def one_bit(path):
     path.write_bytes(bytes(data))
 
 
-@pytest.mark.parametrize("name", ["trainer.pt", "model.safetensors", "SHA256SUMS"])
-@pytest.mark.parametrize("damage", [half_written, one_bit, os.remove])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run_toy, reference, tmp_path, name, damage):
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("trainer.pt", half_written),
+        ("trainer.pt", one_bit),
+        ("model.safetensors", one_bit),
+        ("model.safetensors", os.remove),
+        ("SHA256SUMS", half_written),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    run_toy, reference, finished, tmp_path, name, damage
+):
     run_dir = tmp_path / "run"
-    assert run_toy(run_dir)["code"] == 0
+    shutil.copytree(finished, run_dir, symlinks=True)
     damage(run_dir / "checkpoints" / "step-00000030" / name)
     answer = run_toy(run_dir)
     assert answer["code"] == 0, answer["output"]
@@ -125,9 +142,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(run_toy, referenc
     assert_same(run_dir, reference)
 
 
-def test_nothing_usable_is_an_error_that_loses_nothing(run_toy, tmp_path):
+def test_nothing_usable_is_an_error_that_loses_nothing(run_toy, finished, tmp_path):
     run_dir = tmp_path / "run"
-    run_toy(run_dir)
+    shutil.copytree(finished, run_dir, symlinks=True)
     for folder in (run_dir / "checkpoints").glob("step-*"):
         one_bit(folder / "trainer.pt")
     before = sorted(p.name for p in (run_dir / "checkpoints").iterdir())

@@ -275,7 +275,7 @@ def test_lines_beyond_the_restored_step_are_dropped(tmp_path):
 def test_what_the_loss_does_not_reach_is_named(toy, tmp_path, capsys):
     model = Plain()
     model.idle = nn.Linear(2, 2)
-    toy.build(tmp_path, model=model, data=PlainData(), steps=3).fit()
+    toy.build(tmp_path, model=model, data=PlainData(), steps=4).fit()
     assert "does not reach 2 trainable parameters: idle.weight, idle.bias" in capsys.readouterr().out
 
 
@@ -284,7 +284,7 @@ def test_tied_weights_are_refused_by_the_average(toy, tmp_path):
     model.twin = nn.Linear(3, 2, bias=False)
     model.twin.weight = model.line.weight
     with pytest.raises(ValueError, match=r"line\.weight and twin\.weight share memory"):
-        toy.build(tmp_path, model=model, data=PlainData(), steps=3).fit()
+        toy.build(tmp_path, model=model, data=PlainData(), steps=4).fit()
 
 
 def test_a_failing_save_keeps_the_last_good_checkpoint(toy, tmp_path):

@@ -1,8 +1,8 @@
 """A tiny training that uses every kind of state; as a script, a server that runs it in killable processes.
 
 Each line on standard input is a JSON request, answered by one JSON line; a forked child does the training.
-``kill_after`` SIGKILLs it so many seconds after its first update; ``kill_at_call`` at its n-th file-system step (a
-rename, link, sync or remove), which reaches every moment of writing a checkpoint.
+``kill_after`` SIGKILLs it so many seconds after its first update; ``kill_at_call`` at its n-th file-system
+step (a rename, link, sync or remove), which reaches every moment of writing a checkpoint.
 """
 
 import json

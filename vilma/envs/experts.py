@@ -23,6 +23,8 @@ _DESCEND_LIMIT = 40
 # Steps after which a lift must show, and how far the object may fall behind the hand.
 _LIFT_GRACE, _LIFT_SLACK = 5, 0.02
 _RETREAT_LIMIT = 20
+# Tries to miss: at the smaller distances the fingers often catch the object all the same.
+_MISSES = 8
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ def record_episode(
     position and is a fifth of that for the rotation, and each draw is held for three steps. The commands that
     are stored are the expert's own: noise spreads the states, not the labels.
 
-    Returns ``actions`` (T, 7) float64, ``states`` (T, S) float64, ``rewards`` and ``dones`` (T,), and ``obs``:
+    Returns ``actions`` (T, 7) float64, ``states`` (T, S) float64, ``rewards`` and ``dones`` (T,), ``obs``:
     for each camera ``_image`` (T, H, W, 3) uint8, ``_depth`` (T, H, W, 1) float32 metres, ``_intrinsic``
     (T, 3, 3), ``_extrinsic`` (T, 4, 4) float32; the robot's readings; ``object``, the privileged state.
     """
@@ -240,7 +242,7 @@ def record_episode(
     env.reset(seed=seed, options={"render": False})
     demonstrator.reset()
     if start == "missed":
-        _miss_a_grasp(env, demonstrator, rng)
+        _miss_a_grasp(env, demonstrator, rng, seed)
     elif start == "moved":
         _move_away(env, rng)
         demonstrator.reset()
@@ -284,19 +286,22 @@ def _stored_observation(env: RobosuiteEnv, observation: dict[str, Any]) -> dict[
     return stored
 
 
-def _miss_a_grasp(env: RobosuiteEnv, demonstrator: Expert, rng: np.random.Generator) -> None:
+def _miss_a_grasp(env: RobosuiteEnv, demonstrator: Expert, rng: np.random.Generator, seed: int) -> None:
     """Grasp 1.5 to 4.5 cm beside the object and stop somewhere between closing and lifting."""
-    position = np.asarray(env.privileged()[f"{demonstrator.law.object}_pos"], np.float64)
-    angle, radius = rng.uniform(0.0, 2 * np.pi), rng.uniform(0.015, 0.045)
-    demonstrator.reset(aim=position + radius * np.array([np.cos(angle), np.sin(angle), 0.0]))
-    last_step = rng.integers(1, 9)
-    for _ in range(60):
-        env.advance(demonstrator.act())
-        if demonstrator.phase == "lift" and demonstrator.count >= last_step:
-            break
-    demonstrator.reset()
-    if demonstrator.holds_object():
-        demonstrator.start_lifting()
+    for _ in range(_MISSES):
+        env.reset(seed=seed, options={"render": False})
+        position = np.asarray(env.privileged()[f"{demonstrator.law.object}_pos"], np.float64)
+        angle, radius = rng.uniform(0.0, 2 * np.pi), rng.uniform(0.015, 0.045)
+        demonstrator.reset(aim=position + radius * np.array([np.cos(angle), np.sin(angle), 0.0]))
+        last_step = rng.integers(1, 9)
+        for _ in range(60):
+            env.advance(demonstrator.act())
+            if demonstrator.phase == "lift" and demonstrator.count >= last_step:
+                break
+        demonstrator.reset()
+        if not demonstrator.holds_object():
+            return
+    demonstrator.start_lifting()
 
 
 def _move_away(env: RobosuiteEnv, rng: np.random.Generator) -> None:

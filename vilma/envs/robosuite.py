@@ -79,6 +79,8 @@ class RobosuiteEnv(gymnasium.Env):
     ) -> None:
         if size < 1:
             raise ValueError(f"got an image size of {size}, wanted at least 1 pixel")
+        if placement is not None and not 0 < placement <= 0.3:
+            raise ValueError(f"got placement {placement}, wanted a half width in (0, 0.3] metres")
         self.task = task
         self.cameras = tuple(cameras)
         self.size = int(size)
@@ -218,16 +220,16 @@ class RobosuiteEnv(gymnasium.Env):
         sim_env, self._sim_env = self._sim_env, None
         if sim_env is None:
             return
-        context, self._context = self._context, None
-        sim = sim_env.sim
-        if context is not None and sim is not None and sim._render_context_offscreen is context:
-            # The context and the simulation hold each other. Left to the cyclic collector, the context would
-            # one day free its objects by number in whatever context is current then: another environment's.
-            context.gl_ctx.make_current()
-            sim._render_context_offscreen = None
-            context.sim = None
-            del context
-        sim_env.sim = None
+        contexts = [self._context, getattr(sim_env.sim, "_render_context_offscreen", None)]
+        self._context = sim_env.sim = None
+        while contexts:
+            context = contexts.pop()
+            if context is not None and context.sim is not None:
+                # The context and the simulation hold each other. Left to the cyclic collector, the context
+                # would one day free its objects by number in whatever context is current: another's.
+                context.gl_ctx.make_current()
+                context.sim._render_context_offscreen = None
+                context.sim = None
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
@@ -318,8 +320,6 @@ class RobosuiteEnv(gymnasium.Env):
         sampler = self._sim_env.placement_initializer
         if not hasattr(sampler, "x_range"):
             raise ValueError(f"{self.task.name} places its objects in bins: leave the option placement out")
-        if not 0 < placement <= 0.3:
-            raise ValueError(f"got placement {placement}, wanted a half width in (0, 0.3] metres")
         sampler.x_range = sampler.y_range = [-placement, placement]
 
     def _build_spaces(self) -> None:
@@ -379,6 +379,8 @@ def _load_suite() -> Any:
     except Exception as error:
         if _is_missing_opengl(error):
             raise ImportError(_NO_OPENGL.format(backend=os.environ["MUJOCO_GL"], error=error)) from error
+        if "MUJOCO_GL" in str(error):
+            raise ValueError(f"{error}; wanted osmesa (software) or egl (a GPU, or software)") from error
         raise
 
 
@@ -388,6 +390,8 @@ def _keep_errors(record: logging.LogRecord) -> bool:
 
 def _is_missing_opengl(error: BaseException) -> bool:
     """Whether an import or a context failed inside the OpenGL bindings (they raise many kinds of error)."""
+    if isinstance(error, ImportError) and ("libGL" in str(error) or "libEGL" in str(error)):
+        return True
     trace, files = error.__traceback__, []
     while trace is not None:
         files.append(trace.tb_frame.f_code.co_filename.replace(os.sep, "/"))

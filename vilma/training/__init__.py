@@ -5,7 +5,7 @@ from .diagnosis import NonFiniteError
 from .optim import OptimConfig, build_optimizer
 from .sampling import derive_seed, seed_all
 from .schedule import EmaConfig, ScheduleConfig, ema_decay, tristage_lr
-from .trainer import Trained, Trainer, TrainerConfig
+from .trainer import Trained, Trainer, TrainerConfig, find_trained
 
 __all__ = [
     "CheckpointError",
@@ -20,6 +20,7 @@ __all__ = [
     "build_optimizer",
     "derive_seed",
     "ema_decay",
+    "find_trained",
     "seed_all",
     "tristage_lr",
 ]

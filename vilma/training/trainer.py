@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from vilma.config import encode
 from vilma.extras import require, require_timm
 
-from .checkpoint import Checkpoints
+from .checkpoint import CheckpointError, Checkpoints
 from .diagnosis import NonFiniteError, describe_nonfinite
 from .interrupt import deferred_interrupt
 from .ledger import Clock, Ledger, read_state
@@ -29,7 +29,7 @@ from .rundir import check_config, locked, write_config
 from .sampling import STEP, SampleStream, derive_seed, make_loader, seed_all
 from .schedule import EmaConfig, Schedule, ScheduleConfig, ema_decay
 
-__all__ = ["MAY_CHANGE", "Trained", "Trainer", "TrainerConfig"]
+__all__ = ["MAY_CHANGE", "Trained", "Trainer", "TrainerConfig", "find_trained"]
 
 # What may differ between two starts of one run: it moves no weight (threads: by rounding only).
 MAY_CHANGE = tuple(
@@ -90,6 +90,29 @@ class Trained:
     seconds: float
 
 
+def find_trained(
+    run_dir: str | Path, steps: int, describe: Any, may_change: Collection[str] = ()
+) -> Trained | None:
+    """The result of a run that reached ``steps``, found without its data or model; none where work is left.
+
+    Raises:
+        ValueError: the directory belongs to another configuration (see `Trainer`).
+    """
+    run_dir = Path(run_dir)
+    check_config(run_dir, _plain_values(describe), (*MAY_CHANGE, *may_change))
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    step = checkpoints.linked("last")
+    if step is None or step < steps:
+        return None
+    folder = checkpoints.path(step)
+    try:
+        checkpoints.verify(folder)
+        state = read_state(folder)
+    except CheckpointError:
+        return None  # `Trainer.fit` names it and goes on from the one before
+    return Trained(folder, step, step, state["seconds"])
+
+
 class Trainer:
     """Trains ``model`` on ``dataset`` in ``run_dir``, from where an earlier call in that directory stopped.
 
@@ -103,7 +126,7 @@ class Trainer:
         score: ``score(model, step)`` before each checkpoint; ``checkpoints/best`` has the highest. Without
             it, best has the lowest training loss, averaged from one checkpoint to the next.
         on_step: called with (finished updates, values of the update).
-        describe: the whole configuration as plain values, for ``config.yaml`` and the check of a resumed run.
+        describe: the whole configuration, a dataclass or plain values: ``config.yaml``, compared on resume.
         may_change: dotted fields of ``describe`` that may differ on resume, besides `MAY_CHANGE`.
     """
 
@@ -133,7 +156,7 @@ class Trainer:
         if describe is None:
             sections = {"optim": self.optim, "schedule": self.schedule, "ema": self.ema, "train": config}
             describe = {name: encode(section) for name, section in sections.items()}
-        self.description = encode(describe) if is_dataclass(describe) else dict(describe)
+        self.description = _plain_values(describe)
         self.may_change = (*MAY_CHANGE, *may_change)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.keep)
         self._averaged: Any = None
@@ -300,10 +323,7 @@ class Trainer:
                 accelerator.backward(loss / config.accumulate)
             outputs.append({**logs, "loss": loss.detach()})
         parameters = [p for p in run.bare.parameters() if p.grad is not None]
-        if config.grad_clip is not None:
-            norm = accelerator.clip_grad_norm_(parameters, config.grad_clip)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
 
         # Read once a step: the update must not happen if the loss or a gradient is not finite.
         losses = [float(output["loss"]) for output in outputs]
@@ -318,6 +338,8 @@ class Trainer:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             bad = [micro for micro, loss in enumerate(losses) if not math.isfinite(loss)]
             raise NonFiniteError(self._explain(run, values, bad[0] if bad else 0))
+        if config.grad_clip is not None:  # only now: a norm that is not finite would spread to every gradient
+            nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         run.optimizer.step()
         run.ledger.add(values)
         clock.samples += config.batch_size
@@ -387,6 +409,10 @@ class _Run:
     stream: SampleStream
     loader: DataLoader
     ledger: Ledger
+
+
+def _plain_values(describe: Any) -> dict[str, Any]:
+    return encode(describe) if is_dataclass(describe) else dict(describe)
 
 
 def _accelerator() -> Any:

@@ -1,7 +1,7 @@
 """Residual blocks around the recurrences, and a stack of them.
 
-Every block has ``forward(x, state=None, return_state=False)`` for a sequence x (B, T, D) and ``step(x_t, state)``
-for one step x_t (B, D); both compute the same thing.
+Every block has ``forward(x, state=None, return_state=False)`` for a sequence x (B, T, D) and
+``step(x_t, state)`` for one step x_t (B, D); both compute the same thing.
 
 Shapes: B batch, T steps, D model width, H heads, Dk and Dv head sizes.
 """
@@ -80,7 +80,7 @@ class xLSTMLargeBlock(nn.Module):
 
 
 class BlockStack(nn.Module):
-    """Blocks one after another, with an optional norm at the end (parameters ``blocks.<j>.*``, ``out_norm.*``).
+    """Blocks one after another and an optional norm at the end (parameters ``blocks.<j>.*``, ``out_norm.*``).
 
     The state is a list with one state a block.
     """
@@ -151,9 +151,9 @@ class _mLSTMLayer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections N(0, 2/(5 D)), the one back into the residual stream smaller with depth, gates constant.
+        """Projections N(0, 2/(5 D)), the one back into the residual N(0, (2/num_blocks)^2/D), gates constant.
 
-        Input gates start almost closed (bias -10, xLSTM-7B section 2.3), forget gates open over a range of time
+        Input gates start almost closed (bias -10, as xLSTM-7B), forget gates open over a range of time
         constants (bias 3 to 6 over the heads), both without weights at first.
         """
         for linear in (self.q, self.k, self.v, self.ogate_preact):

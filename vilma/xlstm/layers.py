@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class MultiHeadNorm(nn.Module):
     """LayerNorm over each head by itself, with one learned weight a channel.
 
-    The mLSTM's output norm (xLSTM, arXiv 2405.04517, figure 10; a group norm with one group a head, per token).
+    The mLSTM's output norm (xLSTM, arXiv 2405.04517, figure 10): a group norm, one group a head, per token.
 
     Args:
         num_heads: H.

@@ -18,8 +18,8 @@ BACKENDS = ("auto", "triton", "cpu", "torch", "naive")
 class MLSTMState(NamedTuple):
     """What an mLSTM remembers: c (B, H, Dk, Dv), n (B, H, Dk), m (B, H).
 
-    c and n are in units of exp(m) (the exponential gate's stabiliser): the memory itself is ``c * exp(m)``. The
-    sigmoid gate has no stabiliser, its m is None. n may be None where the form is not normalised.
+    c and n are in units of exp(m), the exponential gate's stabiliser: the memory itself is ``c * exp(m)``.
+    The sigmoid gate has no stabiliser, its m is None. n may be given as None where h is not normalised.
     """
 
     c: Tensor
@@ -51,8 +51,8 @@ def mlstm(
         C_t = F C_{t-1} + I k_t v_t^T,   n_t = F n_{t-1} + I k_t,   s_t = Dk^-1/2 q_t . n_t
         h_t = Dk^-1/2 C_t^T q_t / (max(|s_t|, exp(-m_t)) + eps)
 
-    with F = sigmoid(f), I = exp(i) for ``gate="exp"`` (C and n kept in units of exp(m_t), m_t = max(log F + m_{t-1}, i))
-    and I = sigmoid(i), m = 0 for ``gate="sigmoid"``.
+    with F = sigmoid(f). ``gate="exp"`` has I = exp(i), with C and n kept in units of exp(m_t),
+    m_t = max(log F + m_{t-1}, i); ``gate="sigmoid"`` has I = sigmoid(i) and m = 0.
 
     Args:
         q, k: queries and keys (B, H, T, Dk), any strides. The scale Dk^-1/2 is applied inside.
@@ -60,20 +60,22 @@ def mlstm(
         i, f: gate pre-activations (B, H, T).
         state: state before the first step; zero (with m = 0) when None.
         gate: ``exp`` or ``sigmoid``.
-        normalize: divide by the normaliser; None means yes for ``exp`` and no for ``sigmoid``. Not normalised, h is
-            ``Dk^-1/2 q_t`` times the memory itself, ``C_t exp(m_t)`` for ``exp``, which overflows when i is large.
+        normalize: divide by the normaliser; None means yes for ``exp``, no for ``sigmoid``. Not normalised, h
+            is ``Dk^-1/2 q_t`` times the memory itself: ``C_t exp(m_t)`` for ``exp``, which may overflow.
         reverse: run the sequence from its end; h_t then depends on the steps t, ..., T - 1.
         return_state: also return the state after the last step that was run.
-        reset: (B, T) bool, True where a new sequence begins inside a row: nothing passes from before t to t or
-            later (in reverse, nothing from t or later to before t). ``reset[:, 0]`` drops ``state``.
+        reset: (B, T) bool, True where a new sequence begins inside a row: nothing passes between the steps
+            before t and those from t on, and the state starts again from zero with m = 0. The mask means the
+            same in both directions: each sequence of the row is run by itself, with ``reverse`` from its own
+            end. Forward, ``reset[:, 0]`` drops ``state``; in reverse it has no effect.
         chunk_size: steps of one chunk; chosen by the backend when None. It moves no result beyond rounding.
         backend: ``auto`` (by device), ``triton``, ``cpu``, ``torch`` or ``naive``.
         eps: added to the normaliser.
 
     Returns:
         h (B, H, T, Dv) in q's dtype and, with ``return_state``, the last `MLSTMState`. Gates and states are
-        accumulated in float32, or float64 where an argument has it. Every gradient is exact (normaliser, first
-        and last state included); second derivatives are not available (except for ``naive``).
+        accumulated in float32, or float64 where q or a gate has it. Every gradient is exact, the normaliser's
+        and those of the first and last state included; second derivatives only with ``backend="naive"``.
 
     Raises:
         ValueError: arguments that do not fit together.

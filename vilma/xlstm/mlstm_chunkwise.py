@@ -1,8 +1,8 @@
 """The `torch` backend of the mLSTM: chunkwise, any length, with a hand-written exact backward.
 
-The sequence is cut into chunks of L steps. Inside a chunk the quadratic form is used, between chunks the state
-(C, n, m) is carried, so the work is linear in T (TFLA, arXiv 2503.14376, section 3). With b the running sum of
-log f inside a chunk and u_s = log i_s - b_s, the row maximum of the gate matrix is a running maximum:
+The sequence is cut into chunks of L steps. Inside a chunk the quadratic form is used, between chunks the
+state (C, n, m) is carried, so the work is linear in T (TFLA, arXiv 2503.14376, section 3). With b the running
+sum of log f inside a chunk and u_s = log i_s - b_s, the row maximum of the gate matrix is a running maximum:
 
     M_t = max(m_c, max_{s <= t} u_s),   m_t = b_t + M_t,   D_ts = exp(u_s - M_t),   a_t = exp(m_c - M_t)
     num_t = sum_s scale (q_t . k_s) D_ts v_s + scale a_t q_t C_c,   den_t likewise with v = 1 and n_c
@@ -10,12 +10,16 @@ log f inside a chunk and u_s = log i_s - b_s, the row maximum of the gate matrix
 
 The sigmoid gate is the same with log i = logsigmoid(i) and m_t = 0, that is M_t = -b_t and a_t = exp(b_t).
 
-The backward is the gradient of the recurrence, the normaliser and the last state included. h depends on m only
-through eps (m is a choice of unit for C and n), and the returned m only through the step or initial state that
-attains the maximum: those two effects are gathered in `mu` and follow the arg-max path.
+u_s - M_t is a small difference of sums that grow with L: in float32 it would lose |b| / 2^24. The sums are
+therefore float64 (two numbers a step), and the differences are taken in float32 in two exact halves.
 
-Shapes: B batch, H heads, N = B * H, T steps, L steps of one chunk, Dk and Dv head sizes. Saved for backward: the
-arguments, h, one scalar a row and the states between chunks, O(T) for a fixed chunk size.
+The backward is the gradient of the recurrence, the normaliser and the last state included: the formulas
+follow from those above, with the normaliser as one more column of h (v = 1). m is a choice of unit for C and n:
+h depends on it only through eps, and the returned state by its definition. Both effects make up `mu`, the
+gradient of m at fixed C exp(m) and n exp(m), which goes to the step that attains the maximum.
+
+Shapes: B batch, H heads, N = B * H, T steps, L steps of one chunk, Dk and Dv head sizes. Kept for the
+backward: the arguments, the normaliser of each row and the states between chunks, O(T) in all.
 """
 
 from contextlib import nullcontext
@@ -30,6 +34,8 @@ from .mlstm_naive import State, sequence_starts
 
 WHOLE_SEQUENCE = 256
 DEFAULT_CHUNK = 64
+# exp of either is zero in every dtype; sums of 256 of the former still have exact integer parts in float32
+_MIN_LOG_F, _MIN_LOG_I = -1e4, -1e30
 
 
 class _Form(NamedTuple):
@@ -41,12 +47,15 @@ class _Form(NamedTuple):
 
 
 class _Gates(NamedTuple):
-    """Gate quantities of one chunk, (N, L) in storage order."""
+    """Gate quantities of one chunk, (N, L) in storage order; u and row_max in float64 where there is one."""
 
     u: Tensor
     row_max: Tensor
-    m: Tensor
+    floor: Tensor  # exp(-m_t)
     start: Tensor  # a_t: weight of the chunk's initial state at step t
+    last_m: Tensor  # (N,)
+    write: Tensor  # weight of step s in the chunk's last state
+    keep: Tensor  # (N,), weight of the chunk's initial state in its last
     source: Tensor | None  # step that attains M_t; L stands for the initial m
     same: Tensor | None  # (N, L, L) bool, t and s in one sequence and s not after t; None without resets
     segment: Tensor | None
@@ -69,8 +78,8 @@ def mlstm_chunkwise(
 ) -> tuple[Tensor, State | None]:
     """h (B, H, T, Dv) and, when asked for, the last state.
 
-    Arguments as `vilma.xlstm.mlstm` has checked them: i, f and the state in the accumulation dtype, q, k, v of
-    any one dtype. A state of three None starts from zero and costs nothing.
+    Arguments as `vilma.xlstm.mlstm` has checked them: i, f and the state in the accumulation dtype, q, k, v
+    of any one dtype. A state of three None starts from zero and costs nothing.
     """
     steps = q.shape[2]
     if chunk_size is None:
@@ -115,14 +124,16 @@ def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
     batch, heads, steps, dim_qk = q.shape
     scale = dim_qk**-0.5
     h = torch.empty_like(v)
+    acc = i.dtype
     log_f, log_i = _log_gates(i, f, form.exponential)
     c, n, m = _by_row(*state)
     dens, inner = [], []
     spans = _spans(steps, form)
     for index, (lo, hi) in enumerate(spans):
-        gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, _heads_of(starts, lo, hi, heads), form)
-        q_, k_, v_ = (_chunk(x, lo, hi, log_f.dtype) for x in (q, k, v))
-        p = torch.bmm(q_, k_.mT).mul_(_gate_matrix(gates, form))
+        starts_ = _heads_of(starts, lo, hi, heads)
+        gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, starts_, acc, form)
+        q_, k_, v_ = (_chunk(x, lo, hi, acc) for x in (q, k, v))
+        p = torch.bmm(q_, k_.mT).mul_(_gate_matrix(gates, acc, form))
         num = torch.bmm(p, v_)
         if c is not None:
             num.addcmul_(gates.start[..., None], torch.bmm(q_, c))
@@ -132,7 +143,7 @@ def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
             if n is not None:
                 den.addcmul_(gates.start, torch.bmm(q_, n[..., None]).squeeze(-1))
             dens.append(den.mul_(scale))
-        factor = _factor(den, gates.m, scale, form)
+        factor = _factor(den, gates.floor, scale, form)
         by_head = (batch, heads, hi - lo, -1)
         torch.mul(num.view(by_head), factor.view(by_head), out=h[:, :, lo:hi])
         if index + 1 < len(spans) or return_state:
@@ -153,14 +164,14 @@ def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
 def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
     batch, heads, steps, dim_qk = q.shape
     scale = dim_qk**-0.5
+    acc = i.dtype
     log_f, log_i = _log_gates(i, f, form.exponential)
-    acc = log_f.dtype
     spans = _spans(steps, form)
     whole = len(spans) == 1
     dq = dk = dv = None
     if not whole:
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    dlog_f, dlog_i = torch.empty_like(log_f), torch.empty_like(log_i)
+    dlog_f, dlog_i = (torch.empty(batch * heads, steps, dtype=acc, device=q.device) for _ in range(2))
     dc, dn, mu = (x if x is None else x.to(acc) for x in d_last)
     # mu: the gradient of m beside what the units of C and n carry of it
     product = _state_product(states[-1], dc, dn)
@@ -171,17 +182,18 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
         lo, hi = spans[index]
         last = 0 if form.reverse else hi - lo - 1
         c, n, m = states[index]
-        gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, _heads_of(starts, lo, hi, heads), form)
+        starts_ = _heads_of(starts, lo, hi, heads)
+        gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, starts_, acc, form)
         q_, k_, v_ = (_chunk(x, lo, hi, acc) for x in (q, k, v))
 
-        factor = _factor(dens[index], gates.m, scale, form)
+        factor = _factor(dens[index], gates.floor, scale, form)
         if dh is None:
             g = torch.zeros_like(v_)
         else:
             g = torch.empty(v_.shape, dtype=acc, device=v_.device)
             by_head = (batch, heads, hi - lo, -1)
             torch.mul(dh[:, :, lo:hi], factor.view(by_head), out=g.view(by_head))
-        d = _gate_matrix(gates, form)
+        d = _gate_matrix(gates, acc, form)
         p = torch.bmm(q_, k_.mT).mul_(d)
         ds = torch.bmm(g, v_.mT)
         dv_ = torch.bmm(p.mT, g)
@@ -194,7 +206,7 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
             if read is not None:
                 r.addcmul_(gates.start, (q_ * read).sum(-1))
             r *= factor
-            delta = _normaliser_gradient(r, dens[index], gates.m)
+            delta = _normaliser_gradient(r, dens[index], gates.floor)
             ds += delta[..., None]
             if form.exponential:
                 mu_row = r.mul_(-form.eps / scale)
@@ -206,7 +218,7 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
                 read.addcmul_(delta[..., None], n[:, None])
             dq_.addcmul_(read, gates.start[..., None])
         if product is not None:
-            write = _write_weights(gates, last)[..., None]
+            write = gates.write[..., None]
             if dc is not None:
                 dv_.addcmul_(torch.bmm(k_, dc), write)
                 dk_.addcmul_(torch.bmm(v_, dc.mT), write)
@@ -235,13 +247,10 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
                 x[:, :, lo:hi] = y.view(batch, heads, hi - lo, -1)
 
         if c is not None:
-            keep = gates.start[:, last]
+            keep = gates.keep
             q_start = q_ * gates.start[..., None]
-            dc = (
-                torch.bmm(q_start.mT, g)
-                if dc is None
-                else torch.baddbmm(dc * keep[:, None, None], q_start.mT, g)
-            )
+            dc_ = torch.bmm(q_start.mT, g)
+            dc = dc_ if dc is None else dc_.addcmul_(dc, keep[:, None, None])
             dn = None if dn is None else dn * keep[:, None]
             if delta is not None:
                 dn_ = torch.bmm(q_start.mT, delta[..., None]).squeeze(-1)
@@ -259,8 +268,11 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
 
 def _log_gates(i: Tensor, f: Tensor, exponential: bool) -> tuple[Tensor, Tensor]:
     """log f and log i, (N, T)."""
-    log_f = F.logsigmoid(f).flatten(0, 1)
-    return log_f, i.flatten(0, 1) if exponential else F.logsigmoid(i).flatten(0, 1)
+    if i.device.type != "mps":  # which has no float64
+        i, f = i.double(), f.double()
+    log_f = F.logsigmoid(f).clamp_min_(_MIN_LOG_F)
+    log_i = i.clamp_min(_MIN_LOG_I) if exponential else F.logsigmoid(i).clamp_min_(_MIN_LOG_F)
+    return log_f.flatten(0, 1), log_i.flatten(0, 1)
 
 
 def _spans(steps: int, form: _Form) -> list[tuple[int, int]]:
@@ -284,10 +296,11 @@ def _running(x: Tensor, reverse: bool) -> Tensor:
 
 
 def _chunk_gates(
-    log_f: Tensor, log_i: Tensor, m: Tensor | None, starts: Tensor | None, form: _Form
+    log_f: Tensor, log_i: Tensor, m: Tensor | None, starts: Tensor | None, acc: torch.dtype, form: _Form
 ) -> _Gates:
     reverse, steps = form.reverse, log_f.shape[-1]
-    same = segment = None
+    last = 0 if reverse else steps - 1
+    same = segment = source = None
     if starts is None:
         b = _running(log_f, reverse)
     else:
@@ -296,54 +309,56 @@ def _chunk_gates(
         same = same.triu_() if reverse else same.tril_()
         b = torch.where(same, log_f[:, None, :], 0.0).sum(-1)
     u = log_i - b
+    initial = torch.zeros_like(u[:, :1]) if m is None else m.to(u.dtype)[:, None]
     if not form.exponential:
-        start = torch.exp(b)
-        if segment is not None:
-            start = torch.where(segment == 0, start, 0.0)
-        return _Gates(u, -b, torch.zeros_like(b), start, None, same, segment)
-    if same is None:
-        top, source = (u.flip(-1) if reverse else u).cummax(-1)
-        if reverse:
-            top, source = top.flip(-1), (steps - 1 - source).flip(-1)
-        initial = torch.zeros_like(top[:, :1]) if m is None else m[:, None]
+        row_max = -b
     else:
-        top, source = torch.where(same, u[:, None, :], float("-inf")).max(-1)
-        initial = 0.0 if m is None else m[:, None]
-        initial = torch.where(segment == 0, initial, 0.0).to(u.dtype)
-    row_max = torch.maximum(top, initial)
-    source = torch.where(initial > top, steps, source)
+        if same is None:
+            top, source = (u.flip(-1) if reverse else u).cummax(-1)
+            if reverse:
+                top, source = top.flip(-1), (steps - 1 - source).flip(-1)
+        else:
+            top, source = torch.where(same, u[:, None, :], float("-inf")).max(-1)
+            initial = torch.where(segment == 0, initial, 0.0)
+        row_max = torch.maximum(top, initial)
+        source = torch.where(initial > top, steps, source)
     start = torch.exp(initial - row_max)
+    floor = torch.exp(-b - row_max)
+    # the last state is in units of m as it is handed on, rounded to its dtype
+    last_m = (b + row_max)[:, last].to(acc)
+    unit = last_m - b[:, last]
+    write, keep = torch.exp(u - unit[:, None]), torch.exp(initial[:, -1] - unit)
     if segment is not None:
         start = torch.where(segment == 0, start, 0.0)
-    return _Gates(u, row_max, b + row_max, start, source, same, segment)
+        write = torch.where(same[:, last], write, 0.0)
+        keep = torch.where(segment[:, last] == 0, keep, 0.0)
+    start, floor, write, keep = (x.to(acc) for x in (start, floor, write, keep))
+    return _Gates(u, row_max, floor, start, last_m, write, keep, source, same, segment)
 
 
-def _gate_matrix(gates: _Gates, form: _Form) -> Tensor:
+def _gate_matrix(gates: _Gates, acc: torch.dtype, form: _Form) -> Tensor:
     """D (N, L, L), row t and column s; zero where s comes after t or lies in another sequence."""
-    d = (gates.u[:, None, :] - gates.row_max[:, :, None]).exp_()
+    u, row_max = gates.u[:, None, :], gates.row_max[:, :, None]
+    if u.dtype == acc:
+        d = u - row_max
+    else:
+        u_whole, max_whole = u.round(), row_max.round()
+        d = u_whole.to(acc) - max_whole.to(acc)
+        d.add_((u - u_whole).to(acc)).sub_((row_max - max_whole).to(acc))
+    d.exp_()
     if gates.same is not None:
         return d.masked_fill_(~gates.same, 0.0)
     return d.triu_() if form.reverse else d.tril_()
 
 
-def _write_weights(gates: _Gates, last: int) -> Tensor:
-    """Weight of step s in the chunk's last state: the last row of D."""
-    weights = torch.exp(gates.u - gates.row_max[:, last, None])
-    if gates.same is not None:
-        weights = torch.where(gates.same[:, last], weights, 0.0)
-    return weights
-
-
-def _factor(den: Tensor | None, m: Tensor, scale: float, form: _Form) -> Tensor:
+def _factor(den: Tensor | None, floor: Tensor, scale: float, form: _Form) -> Tensor:
     """scale over the divisor of h, one a row."""
-    if form.normalize:
-        return scale / (torch.maximum(den.abs(), torch.exp(-m)) + form.eps)
-    return scale * torch.exp(m)
+    return scale / (torch.maximum(den.abs(), floor) + form.eps if form.normalize else floor)
 
 
-def _normaliser_gradient(r: Tensor, den: Tensor, m: Tensor) -> Tensor:
+def _normaliser_gradient(r: Tensor, den: Tensor, floor: Tensor) -> Tensor:
     """delta_t, the gradient of den: zero where the floor is active. r is <dh, h> scale / divisor."""
-    return torch.where(den.abs() > torch.exp(-m), -den.sign(), 0.0).mul_(r)
+    return torch.where(den.abs() > floor, -den.sign(), 0.0).mul_(r)
 
 
 def _along_max(mu: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
@@ -359,15 +374,12 @@ def _along_max(mu: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
 def _next_state(
     gates: _Gates, k: Tensor, v: Tensor, c: Tensor | None, n: Tensor | None, form: _Form
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    last = 0 if form.reverse else k.shape[1] - 1
-    key = k * _write_weights(gates, last)[..., None]
-    if c is None:
-        c_next, n_next = torch.bmm(key.mT, v), key.sum(1)
-    else:
-        keep = gates.start[:, last, None]
-        c_next = torch.baddbmm(c * keep[..., None], key.mT, v)
-        n_next = torch.addcmul(key.sum(1), n, keep)
-    return c_next, n_next, gates.m[:, last] if form.exponential else None
+    key = k * gates.write[..., None]
+    c_next, n_next = torch.bmm(key.mT, v), key.sum(1)
+    if c is not None:
+        c_next.addcmul_(c, gates.keep[:, None, None])
+        n_next.addcmul_(n, gates.keep[:, None])
+    return c_next, n_next, gates.last_m if form.exponential else None
 
 
 def _state_product(state: tuple, dc: Tensor | None, dn: Tensor | None) -> Tensor | None:

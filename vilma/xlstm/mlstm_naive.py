@@ -5,9 +5,9 @@ Two independent formulations, both differentiated by autograd and exact in float
 * `mlstm_recurrent_naive`: one step after another (xLSTM, arXiv 2405.04517, equations 19 to 27);
 * `mlstm_parallel_naive`: the whole sequence at once, through a T x T matrix of gate products.
 
-Shapes: B batch, H heads, T steps, Dk and Dv head sizes. q, k (B, H, T, Dk); v, h (B, H, T, Dv); i, f (B, H, T) gate
-pre-activations; state c (B, H, Dk, Dv), n (B, H, Dk), m (B, H), m is None for the sigmoid gate. Arguments are
-taken as `vilma.xlstm.mlstm` has checked and completed them; everything has one dtype.
+Shapes: B batch, H heads, T steps, Dk and Dv head sizes. q, k (B, H, T, Dk); v, h (B, H, T, Dv); gate
+pre-activations i, f (B, H, T); state c (B, H, Dk, Dv), n (B, H, Dk), m (B, H) or None for the sigmoid gate.
+Arguments are taken as `vilma.xlstm.mlstm` has checked and completed them; everything has one dtype.
 """
 
 import torch

@@ -1,0 +1,92 @@
+"""Names, messages and imports of vilma.envs: no simulator is started in this process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+import vilma.envs
+from vilma.envs import find_task, make, tasks
+
+needs_gymnasium = pytest.mark.skipif(
+    importlib.util.find_spec("gymnasium") is None, reason="needs the extra robot"
+)
+needs_robosuite = pytest.mark.skipif(
+    importlib.util.find_spec("robosuite") is None, reason="needs the extra robot"
+)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONSAFEPATH": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_task_table():
+    assert set(tasks()) == {"robosuite/Lift", "robosuite/Stack", "robosuite/PickPlaceCan"}
+    horizons = {name.split("/")[1]: (task.horizon, task.hold) for name, task in tasks().items()}
+    assert horizons == {"Lift": (150, 5), "Stack": (300, 1), "PickPlaceCan": (300, 1)}
+    for name, task in tasks().items():
+        assert task.name == name and task.instruction and task.reference_frame == "world"
+    tasks().clear()
+    assert tasks(), "the table itself must not be handed out"
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("robosuite/Lfit", "did you mean 'robosuite/Lift'"),
+        ("Lift", "did you mean 'robosuite/Lift'"),
+        ("robosuite/pickplacecan", "did you mean 'robosuite/PickPlaceCan'"),
+        ("robosuit/Stack", "did you mean 'robosuite/Stack'"),
+        ("qqqqqq", "known: robosuite/Lift"),
+    ],
+)
+def test_unknown_names_are_answered_with_close_ones(name, hint):
+    with pytest.raises(ValueError, match=hint):
+        make(name)
+    with pytest.raises(ValueError, match=hint):
+        find_task(name)
+
+
+def test_import_pulls_no_simulator_and_no_torch():
+    heavy = ("torch", "mujoco", "robosuite", "gymnasium")
+    result = run(f"import sys, vilma.envs; print([m for m in {heavy} if m in sys.modules])")
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+@needs_gymnasium
+def test_a_missing_simulator_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "robosuite", None)
+    with pytest.raises(ImportError, match=r"vilma\[robot\]"):
+        make("robosuite/Lift")
+
+
+def test_a_missing_gymnasium_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    monkeypatch.delitem(sys.modules, "vilma.envs.robosuite", raising=False)
+    monkeypatch.delattr(vilma.envs, "robosuite", raising=False)
+    with pytest.raises(ImportError, match=r"vilma\[robot\]"):
+        make("robosuite/Lift")
+
+
+@needs_robosuite
+@pytest.mark.parametrize("backend, library", [("osmesa", "libOSMesa.so"), ("egl", "libEGL.so")])
+def test_without_opengl_the_error_names_the_packages(tmp_path, backend, library):
+    # An empty file in front of the real library is to the loader what a missing one is.
+    for name in (library, f"{library}.1", f"{library}.6", f"{library}.8"):
+        (tmp_path / name).touch()
+    code = "from vilma.envs import make; make('robosuite/Lift')"
+    result = run(code, MUJOCO_GL=backend, LD_LIBRARY_PATH=str(tmp_path))
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the simulator cannot load OpenGL"), result.stderr
+    assert f"MUJOCO_GL={backend}" in last
+    assert "apt-get install libosmesa6 libgl1 libegl1" in last
+
+
+@needs_robosuite
+def test_a_wrong_backend_name_is_an_error_of_the_caller():
+    result = run("from vilma.envs import make; make('robosuite/Lift')", MUJOCO_GL="bogus")
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError") and "bogus" in last and "osmesa" in last, result.stderr

@@ -1,0 +1,423 @@
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from vilma.policies import PointMapPolicy, PointMapPolicyConfig, load_policy
+from vilma.policies.pointmap_policy import MODALITIES
+
+CAMERAS = ("front", "wrist")
+HEIGHT, WIDTH = 24, 32
+SMALL = {"features": 32, "channels": [8, 8, 8]}
+BASE = PointMapPolicyConfig(
+    cameras=CAMERAS,
+    action_dim=7,
+    reference_frame="world",
+    action_kind="controller",
+    rgb_encoder="spatial_softmax",
+    rgb_encoder_options=SMALL,
+    xyz_encoder="spatial_softmax",
+    xyz_encoder_options=SMALL | {"expect_channels": 3, "mask_channel": 3},
+    depth_range=(0.05, 3.0),
+    use_state=True,
+    state_dim=5,
+    horizon=6,
+    execute=3,
+    dim=32,
+    num_blocks=2,
+    num_heads=4,
+)
+
+
+def config(**changes):
+    return dataclasses.replace(BASE, **changes)
+
+
+def statistics(action_dim=7, state_dim=5):
+    def one(dim):
+        return {"mean": [0.1] * dim, "std": [0.5] * dim, "min": [-1.0] * dim, "max": [1.0] * dim}
+
+    return {"action": one(action_dim), "observation.state": one(state_dim)}
+
+
+def make_batch(batch=3, steps=1, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=g)
+
+    data = {
+        "task": ["lift the cube", "open the drawer", "lift the can"][:batch] * (batch // 3 + 1),
+        "action": 2 * rand(batch, 6, 7) - 1,
+        "action_is_pad": torch.zeros(batch, 6, dtype=torch.bool),
+        "observation.state": rand(batch, steps, 5),
+    }
+    data["task"] = data["task"][:batch]
+    for camera in CAMERAS:
+        pose = torch.eye(4).repeat(batch, steps, 1, 1)
+        pose[..., :3, :3] = torch.linalg.qr(rand(batch, steps, 3, 3))[0]
+        pose[..., :3, 0] *= torch.linalg.det(pose[..., :3, :3])[..., None]
+        pose[..., :3, 3] = rand(batch, steps, 3)
+        intrinsics = torch.tensor([[30.0, 0, WIDTH / 2], [0, 31.0, HEIGHT / 2], [0, 0, 1]])
+        data |= {
+            f"observation.images.{camera}": (255 * rand(batch, steps, 3, HEIGHT, WIDTH)).to(torch.uint8),
+            f"observation.depth.{camera}": 0.3 + rand(batch, steps, HEIGHT, WIDTH),
+            f"observation.intrinsics.{camera}": intrinsics.repeat(batch, steps, 1, 1),
+            f"observation.pose.{camera}": pose,
+        }
+    return data
+
+
+def observation(batch=3, seed=0):
+    """A batch as a vectorised environment returns it: arrays without a time axis."""
+    data = make_batch(batch, seed=seed)
+    return {
+        key: value if key == "task" else value[:, 0].numpy()
+        for key, value in data.items()
+        if not key.startswith("action")
+    }
+
+
+def make_policy(stats=True, **changes):
+    return PointMapPolicy.from_config(config(**changes), statistics() if stats else None)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_variants_build_train_and_act(modality, steps):
+    policy = make_policy(modality=modality, obs_horizon=steps, noise_draws=2, shift={"front": 2})
+    policy.train()
+    loss, logs = policy(make_batch(steps=steps))
+    loss.backward()
+    assert loss.isfinite()
+    assert logs["loss"] == loss.detach()
+    tokens = steps * (2 * len(MODALITIES[modality]) + 1)
+    assert policy.denoiser.position.shape[1] == 1 + tokens + 6
+    actions = policy.select_action(observation())
+    assert actions.shape == (3, 7)
+    assert actions.dtype == torch.float32
+    assert actions.isfinite().all()
+
+
+@pytest.mark.parametrize("encoder", ["film_resnet18", "resnet18"])
+def test_timm_encoders(encoder):
+    policy = make_policy(rgb_encoder=encoder, rgb_encoder_options={}, encoder_features=48)
+    loss, _ = policy(make_batch())
+    loss.backward()
+    assert set(policy.adapters) == {f"{camera}_{kind}" for camera in CAMERAS for kind in ("rgb", "xyz")}
+    assert policy.encoders["front_rgb"].is_conditioned == encoder.startswith("film")
+
+
+@pytest.mark.parametrize("changes", [{}, {"xyz_encoder": "film_resnet18", "xyz_encoder_options": {}}])
+def test_every_parameter_receives_a_gradient(changes):
+    policy = make_policy(encoder_features=40, obs_horizon=2, **changes)
+    batch = make_batch(steps=2)
+    for _ in range(2):  # FiLM starts at zero: its inputs move from the second step on
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1e-2)
+        optimizer.zero_grad()
+        policy(batch)[0].backward()
+        optimizer.step()
+    missing = [name for name, p in policy.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+    assert all(p.requires_grad for p in policy.parameters())
+
+
+def test_overfits_one_batch():
+    policy = make_policy(state_normalization="none", action_normalization="none", noise_draws=16)
+    batch = make_batch()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(70):
+        loss, _ = policy(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-10:]) < 0.3 * losses[0]
+    chunk = torch.stack([policy.select_action(observation()) for _ in range(3)], 1)
+    error = (chunk - batch["action"][:, :3]).square().mean().sqrt()
+    assert error < 0.4 * batch["action"].square().mean().sqrt()
+
+
+def test_point_maps_against_plain_geometry():
+    """Unprojection written out pixel by pixel in float64: crop, frame, depth range, workspace and scale."""
+    low, high = (0.0, 0.0, 0.2), (1.2, 1.2, 1.4)
+    center, scale = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    policy = make_policy(
+        crops={"wrist": (3, 5, 16, 20)},
+        depth_range=(0.4, 1.2),
+        workspace=(low, high),
+        point_center=center,
+        point_scale=scale,
+    ).eval()
+    batch = make_batch()
+    batch["observation.depth.wrist"][0, 0, 5, 8] = float("nan")
+    got = policy.pictures(batch, "wrist")
+    assert got["xyz"].shape == (3, 4, 16, 20)
+    valid_share = got["xyz"][:, 3].mean().item()
+    assert 0.1 < valid_share < 0.9
+    depth = batch["observation.depth.wrist"].double().numpy()
+    intrinsics = batch["observation.intrinsics.wrist"].double().numpy()
+    pose = batch["observation.pose.wrist"].double().numpy()
+    for b, row, column in ((0, 2, 3), *np.ndindex(3, 16, 20)):
+        v, u = row + 3, column + 5
+        z = depth[b, 0, v, u]
+        ray = np.linalg.inv(intrinsics[b, 0]) @ [u + 0.5, v + 0.5, 1]
+        point = (pose[b, 0] @ [*(ray * z), 1])[:3]
+        is_valid = 0.4 < z < 1.2 and (point >= low).all() and (point <= high).all()
+        assert got["xyz"][b, 3, row, column] == is_valid
+        wanted = (point - center) / scale if is_valid else np.zeros(3)
+        np.testing.assert_allclose(got["xyz"][b, :3, row, column], wanted, atol=1e-5)
+    image = batch["observation.images.wrist"][:, 0, :, 3:19, 5:25].double() / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    wanted = (image - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(got["rgb"].double(), wanted, atol=1e-5, rtol=0)
+
+
+def test_float_images_and_the_camera_frame():
+    policy = make_policy(reference_frame="camera").eval()
+    batch = make_batch()
+    assert not [key for key in policy.observation_keys if "pose" in key]
+    same = dict(batch)
+    for camera in CAMERAS:
+        del same[f"observation.pose.{camera}"]
+        same[f"observation.images.{camera}"] = batch[f"observation.images.{camera}"].float() / 255
+    for kind, picture in policy.pictures(batch, "front").items():
+        torch.testing.assert_close(policy.pictures(same, "front")[kind], picture)
+    z = policy.pictures(batch, "front")["xyz"][:, 2]
+    torch.testing.assert_close(z, batch["observation.depth.front"][:, 0])
+
+
+def test_raw_metres_by_default():
+    policy = make_policy(valid_channel=False, xyz_encoder_options=SMALL).eval()
+    batch = make_batch()
+    points = policy.pictures(batch, "front")["xyz"]
+    assert points.shape == (3, 3, HEIGHT, WIDTH)
+    pose = batch["observation.pose.front"][:, 0]
+    camera = (points.flatten(2).mT - pose[:, None, :3, 3]) @ pose[:, :3, :3]
+    torch.testing.assert_close(camera[..., 2], batch["observation.depth.front"].reshape(3, -1))
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_shift_moves_points_with_their_pixels(paired):
+    policy = make_policy(shift={"front": 4}, paired_shift=paired, crops={"front": (2, 6, 20, 20)})
+    batch = make_batch(batch=16)
+    # Depth and colour carry the same pattern, so that they can be compared after the shift.
+    pattern = batch["observation.images.front"][:, :, 0].float()
+    batch["observation.depth.front"] = 1 + pattern / 255
+    policy.eval()
+    still = policy.pictures(batch, "front")
+    policy.train()
+    moved = policy.pictures(batch, "front")
+
+    def depth(picture):
+        pose = batch["observation.pose.front"][:, 0]
+        return ((picture["xyz"][:, :3].flatten(2).mT - pose[:, None, :3, 3]) @ pose[:, :3, 2:])[..., 0]
+
+    def red(picture):
+        return 1 + (picture["rgb"][:, 0] * 0.229 + 0.485).flatten(1)
+
+    torch.testing.assert_close(depth(still), red(still), atol=1e-4, rtol=0)
+    assert not torch.equal(still["rgb"], moved["rgb"])
+    agree = [torch.allclose(d, r, atol=1e-4) for d, r in zip(depth(moved), red(moved))]
+    if paired:
+        assert all(agree)
+    else:
+        torch.testing.assert_close(moved["xyz"], still["xyz"])
+        assert not all(agree)
+    # Each picture is the window at one whole-pixel offset of at most 4; beyond the image its edge repeats.
+    full = torch.nn.functional.pad(pattern, (4, 4, 4, 4), mode="replicate")[:, 0]
+    offsets = set()
+    for image, row in zip(full, red(moved)):
+        found = [
+            (y, x)
+            for y in range(9)
+            for x in range(9)
+            if torch.allclose(1 + image[2 + y : 22 + y, 6 + x : 26 + x].flatten() / 255, row, atol=1e-4)
+        ]
+        assert len(found) == 1
+        offsets.add(found[0])
+    assert len(offsets) > 8
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_without_depth_the_map_is_a_hole_and_nothing_breaks(value):
+    policy = make_policy(workspace=((-1, -1, -1), (1, 1, 1)), point_center=(0.5, 0.5, 0.5))
+    batch = make_batch()
+    for camera in CAMERAS:
+        batch[f"observation.depth.{camera}"].fill_(value)
+        batch[f"observation.images.{camera}"].zero_()
+    assert not policy.pictures(batch, "front")["xyz"].any()
+    loss, _ = policy(batch)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
+    blank = observation()
+    for camera in CAMERAS:
+        blank[f"observation.depth.{camera}"][:] = value
+    assert policy.select_action(blank).isfinite().all()
+
+
+def test_padded_actions_are_left_out_of_the_loss():
+    batch = make_batch()
+    batch["action_is_pad"][:, 4:] = True
+    changed = batch | {"action": batch["action"].clone()}
+    changed["action"][:, 4:] += 0.5
+
+    def loss(policy, data):
+        torch.manual_seed(3)
+        return policy(data)[0]
+
+    policy = make_policy(noise_draws=2)
+    torch.testing.assert_close(loss(policy, batch), loss(policy, changed))
+    policy = make_policy(loss_on_padding=True)
+    assert (loss(policy, batch) - loss(policy, changed)).abs() > 1e-3
+
+
+def test_noise_draws_share_one_encoding():
+    policy = make_policy(noise_draws=4)
+    counts = []
+    policy.encoders["front_rgb"].register_forward_hook(lambda module, args, out: counts.append(len(out)))
+    policy.denoiser.register_forward_hook(lambda module, args, out: counts.append(len(out)))
+    policy(make_batch())
+    assert counts == [3, 12]
+
+
+def test_bfloat16_autocast():
+    policy = make_policy()
+    torch.manual_seed(0)
+    full, _ = policy(make_batch())
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half, _ = policy(make_batch())
+    half.backward()
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert policy.select_action(observation()).isfinite().all()
+
+
+def test_save_and_load_give_the_same_actions_bit_for_bit(tmp_path):
+    policy = make_policy(shift={"front": 3}, gripper_index=(6,))
+    for name in ("a", "b"):
+        policy.save_pretrained(tmp_path / name)
+        loaded = PointMapPolicy.from_pretrained(tmp_path / name)
+        assert loaded.config == policy.config
+        for model in (policy, loaded):
+            model.seed(4)
+        for step in range(7):
+            seen = observation(seed=step)
+            assert torch.equal(policy.select_action(seen), loaded.select_action(seen))
+        policy = loaded
+    assert type(load_policy(tmp_path / "a")) is PointMapPolicy
+
+
+def test_actions_are_in_the_data_s_units():
+    stats = statistics()
+    stats["action"]["min"] = [9.0] * 6 + [-1.0]
+    stats["action"]["max"] = [11.0] * 5 + [9.0, 1.0]
+    policy = PointMapPolicy.from_config(config(gripper_index=(6,)), stats)
+    torch.nn.init.zeros_(policy.denoiser.head.weight)
+    actions = policy.select_action(observation())
+    assert (actions[:, :5] - 10).abs().max() < 0.5
+    assert (actions[:, 5] == 9).all()  # constant in the data
+    assert set(actions[:, 6].tolist()) <= {-1.0, 1.0}
+
+
+def test_seeds():
+    policy = make_policy()
+
+    def rollout(seed):
+        policy.seed(seed)
+        return policy.select_action(observation())
+
+    assert torch.equal(rollout(1), rollout(1))
+    assert not torch.equal(rollout(1), rollout(2))
+
+
+def test_copies_are_independent():
+    policy = make_policy()
+    policy.select_action(observation())
+    other = copy.deepcopy(policy)
+    other.reset()
+    assert policy.needs_observation(3) == [False] * 3
+    assert other.needs_observation(3) == [True] * 3
+
+
+def test_observations_that_do_not_fit():
+    policy = make_policy(image_size={"front": (HEIGHT, WIDTH)}, crops={"wrist": (4, 4, 20, 20)})
+    seen = observation()
+    depth = seen["observation.depth.front"]
+    for change, message in (
+        (
+            {"observation.images.wrist": None},
+            "lacks observation.images.wrist; it has observation.depth.front",
+        ),
+        ({"observation.depth.front": depth[:, ::2]}, r"camera 'front' must share one view"),
+        ({"observation.depth.front": depth[..., None]}, r"depth.front must have shape \(3, 1, 'H', 'W'\)"),
+        (
+            {"observation.images.wrist": seen["observation.images.wrist"].transpose(0, 2, 3, 1)},
+            "images.wrist must",
+        ),
+        ({"observation.state": np.zeros((3, 4))}, r"state must have shape \(3, 1, 5\), got \(3, 1, 4\)"),
+        ({"task": ["lift", "", "lift"]}, "task text must contain at least one word, got ''"),
+    ):
+        broken = {key: value for key, value in (seen | change).items() if value is not None}
+        policy.reset()
+        with pytest.raises(ValueError, match=message):
+            policy.select_action(broken)
+    small = dict(seen)
+    for kind in ("images", "depth"):
+        small[f"observation.{kind}.front"] = seen[f"observation.{kind}.front"][..., ::2]
+    policy.reset()
+    with pytest.raises(ValueError, match=r"front is \(24, 16\), the policy was made for \(24, 32\)"):
+        policy.select_action(small)
+    for kind in ("images", "depth"):
+        seen[f"observation.{kind}.wrist"] = seen[f"observation.{kind}.wrist"][..., :20, :]
+    policy.reset()
+    with pytest.raises(
+        ValueError, match=r"crop \(4, 4, 20, 20\) of camera 'wrist' leaves observation.images.wrist"
+    ):
+        policy.select_action(seen)
+
+
+def test_batches_that_do_not_fit():
+    policy = make_policy()
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"action must have shape \(B, 6, 7\), got \(3, 5, 7\)"):
+        policy(batch | {"action": batch["action"][:, :5]})
+    with pytest.raises(ValueError, match="no statistics for action"):
+        make_policy(stats=False)(batch)
+    with pytest.raises(ValueError, match=r"statistics lack 'observation.state'; they have action"):
+        PointMapPolicy.from_config(config(), {"action": statistics()["action"]})
+    with pytest.raises(ValueError, match="mean of action must hold 7 values"):
+        PointMapPolicy.from_config(config(), statistics(action_dim=6))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modality": "rgbd"}, "modality must be one of rgb, xyz, cat; got 'rgbd'"),
+        ({"cameras": ()}, "at least one camera"),
+        ({"cameras": ("a.b",)}, "letters, digits and underscores; got 'a.b'"),
+        ({"crops": {"side": (0, 0, 4, 4)}}, "crops names side; the cameras are front, wrist"),
+        ({"execute": 7}, r"execute \(7\) must not exceed the horizon \(6\)"),
+        ({"state_dim": 0}, "use_state needs state_dim"),
+        ({"gripper_index": (7,)}, r"gripper_index \[7\] leaves the 7 action dimensions"),
+        ({"sigma_min": 100.0}, "0 < sigma_min < sigma_max"),
+        ({"point_scale": (1.0, 0.0, 1.0)}, "point_scale must be positive"),
+        ({"reference_frame": "table"}, "reference_frame must be one of world, base, camera"),
+        ({"sampling_steps": 0}, "sampling_steps must be at least 1"),
+        ({"shift": {"front": -1}}, "cannot be negative"),
+    ],
+)
+def test_impossible_configs(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_encoders_of_different_width_need_a_common_one():
+    with pytest.raises(ValueError, match=r"different widths \[24, 32\]: set encoder_features"):
+        make_policy(rgb_encoder_options=SMALL | {"features": 24})

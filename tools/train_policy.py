@@ -1,0 +1,187 @@
+"""Train a policy on demonstrations: point maps and images to actions, with exact resume."""
+
+import argparse
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vilma import config
+from vilma.datasets.robomimic import RobomimicConfig, RobomimicDataset, collate
+from vilma.envs import find_task, tasks
+from vilma.policies import PointMapPolicyConfig, Policy
+from vilma.report import record_time
+from vilma.training import (
+    EmaConfig,
+    OptimConfig,
+    ScheduleConfig,
+    Trainer,
+    TrainerConfig,
+    find_trained,
+    seed_all,
+)
+
+__all__ = ["RunConfig", "main"]
+
+# A data set may be moved; what it holds is checked against the run's statistics.
+MAY_CHANGE = ("data.path", "data.cache")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A complete training: the sections of its YAML file."""
+
+    policy: PointMapPolicyConfig
+    data: RobomimicConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    train: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options, overrides = _parser().parse_known_args(arguments)
+    if options.seed is not None:
+        overrides = [*overrides, "--train.seed", str(options.seed)]
+    run = config.load(RunConfig, options.config, overrides)
+    check_horizons(run)
+    run_dir = options.run or Path("runs") / Path(options.config).stem
+    began = time.perf_counter()
+    done = find_trained(run_dir, run.train.steps, run, MAY_CHANGE)
+    if done is not None:
+        print(f"{run_dir} is already trained to step {done.step}")
+        _tell_next(run_dir, None)
+        return 0
+
+    dataset = _load(run.data)
+    facts, statistics = dataset.metadata, dataset.statistics()
+    seed_all(run.train.seed)
+    policy = Policy.from_config(run.policy)
+    policy.check_compatible(facts, name=_shown(run.data.path))
+    check_sizes(run, facts)
+    check_statistics(run_dir, statistics)
+    policy.set_statistics(statistics)
+    main_process = os.environ.get("RANK", "0") == "0"
+    if main_process:
+        count = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+        print(f"{facts['episodes']} episodes, {facts['frames']} frames from {_shown(run.data.path)}")
+        print(
+            f"{run.policy.type} policy, {count / 1e6:.2f} M parameters; {run.train.steps} steps in {run_dir}"
+        )
+    trainer = Trainer(
+        run.train,
+        policy,
+        dataset,
+        run_dir,
+        optim=run.optim,
+        schedule=run.schedule,
+        ema=run.ema,
+        collate=collate,
+        describe=run,
+        may_change=MAY_CHANGE,
+    )
+    trained = trainer.fit()
+    if main_process:
+        command = shlex.join(["vilma", "train-policy", *arguments])
+        record_time(run_dir, "train", time.perf_counter() - began, command)
+        print(f"trained to step {trained.step} in {trained.seconds:.0f} s: {trained.checkpoint}")
+        _tell_next(run_dir, facts["task"])
+    return 0
+
+
+def check_horizons(run: RunConfig) -> None:
+    """Raise ConfigError unless policy and data speak of the same window and cameras."""
+    pairs = (
+        ("obs_horizon", run.policy.obs_horizon, "obs_horizon", run.data.obs_horizon),
+        ("horizon", run.policy.horizon, "action_horizon", run.data.action_horizon),
+    )
+    for ours, wanted, theirs, got in pairs:
+        if wanted != got:
+            raise config.ConfigError(f"policy.{ours} is {wanted} but data.{theirs} is {got}; they must agree")
+    absent = [camera for camera in run.policy.cameras if camera not in run.data.cameras]
+    if absent:
+        raise config.ConfigError(
+            f"policy.cameras names {', '.join(absent)}, which data.cameras does not "
+            f"({', '.join(run.data.cameras)})"
+        )
+
+
+def check_sizes(run: RunConfig, facts: Mapping[str, Any]) -> None:
+    """Raise ValueError if images of the data set have another size than the policy was made for."""
+    for camera, wanted in run.policy.image_size.items():
+        size = facts["sizes"].get(camera)
+        if size is not None and tuple(size) != tuple(wanted):
+            raise ValueError(
+                f"images of {camera} in {_shown(run.data.path)} are {tuple(size)}, policy.image_size has "
+                f"{tuple(wanted)}"
+            )
+
+
+def check_statistics(run_dir: Path, statistics: Mapping[str, Any]) -> None:
+    """Raise ValueError if a run that goes on was begun on data with other statistics."""
+    path = run_dir / "checkpoints" / "last" / "stats.json"
+    try:
+        before = config.read(path)
+    except config.ConfigError:
+        return
+    for key, now in statistics.items():
+        then = before.get(key)
+        same = then is not None and then["count"] == now["count"] and _close(then["mean"], now["mean"])
+        if not same:
+            raise ValueError(
+                f"the data changed since {run_dir} was begun: the mean of {key} over {now['count']} frames "
+                f"is not that in {path}. Give it the same data, or use another run directory"
+            )
+
+
+def _close(a: Sequence[float], b: Sequence[float]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-9) for x, y in zip(a, b))
+
+
+def _load(data: RobomimicConfig) -> RobomimicDataset:
+    """The data set, with a bar on a terminal while it is read."""
+    if not sys.stdout.isatty():
+        return RobomimicDataset(data)
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task("reading episodes", total=None)
+        return RobomimicDataset(data, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _shown(path: str | Sequence[str]) -> str:
+    return path if isinstance(path, str) else ", ".join(path)
+
+
+def _tell_next(run_dir: Path, instruction: str | None) -> None:
+    names = [name for name in tasks() if find_task(name).instruction == instruction]
+    print(f"next: vilma eval {names[0] if names else 'SUITE/TASK'} {shlex.quote(str(run_dir))} --episodes 50")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vilma train-policy",
+        usage="vilma train-policy CONFIG [--run DIR] [--seed N] [--section.field VALUE ...]",
+        description=__doc__,
+        epilog="Any field of the config can be given: --optim.lr 3e-4 --train.steps 2000 --data.path FILE. "
+        "Sections: policy, data, optim, schedule, ema, train. Run the same command again to go on after an "
+        "interruption; a finished run is left alone. Several GPUs: torchrun --nproc-per-node N -m "
+        "vilma.tools.train_policy CONFIG ...",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/policies/demo_lift.yaml")
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="run directory (default: runs/<config's name>)"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="the same as --train.seed N")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
