@@ -61,3 +61,7 @@ wheel: setup
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+
+# What was measured, beside its target.
+show-house: setup
+	$(VILMA) show-house

@@ -119,9 +119,11 @@ class PointMap:
         low, high = bounds.to(self.points).unbind(-2)
         if bool((low >= high).any()):
             raise ValueError(f"every minimum of a workspace must be below its maximum, got {bounds.tolist()}")
-        planes = self._planes()
-        low, high = low[..., None, None], high[..., None, None]
-        return self._without(((planes < low) | (planes > high)).any(-3))
+        hole = ~self.valid
+        for axis in range(3):
+            coordinate = self.points[..., axis]
+            hole |= (coordinate < low[..., None, None, axis]) | (coordinate > high[..., None, None, axis])
+        return self._without(hole)
 
     def resize(self, size: tuple[int, int]) -> "PointMap":
         """Nearest neighbour, source index floor(i in / out): every point stays a measured one."""

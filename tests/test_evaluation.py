@@ -239,8 +239,10 @@ def test_an_environment_that_cannot_be_built_says_so_at_once(tmp_path):
     def broken():
         raise ImportError("no OpenGL here")
 
-    with pytest.raises(EvaluationError, match="cannot be built: ImportError: no OpenGL here"):
+    with pytest.raises(EvaluationError, match=r"cannot be built: ImportError: no OpenGL here$"):
         evaluate(broken, Runner(), episodes=3, seed=0, result_path=tmp_path / "x.json")
+    with pytest.raises(EvaluationError, match=r"ZeroDivisionError: division by zero\nTraceback"):
+        evaluate(lambda: 1 / 0, Runner(), episodes=3, seed=0, result_path=tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
 

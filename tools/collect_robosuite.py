@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -82,9 +83,9 @@ def collect(
     and its index alone, never on the number of workers. ``report`` is called after every episode or crash.
 
     Raises:
-        ValueError: ``path`` holds another request's demonstrations.
-        OSError: the disk is full; finished episodes are kept.
-        RuntimeError: the expert or a simulator fails again and again.
+        ValueError: ``path`` holds another request's demonstrations, or the expert fails again and again.
+        OSError: the disk is full, or simulators were lost to one episode again and again. Finished episodes
+            are kept.
     """
     if workers < 1:
         raise ValueError(f"got --workers {workers}, wanted at least 1")
@@ -171,12 +172,28 @@ class _Worker:
 
     def give(self, index: int) -> None:
         self.index = index
-        self.connection.send(index)
+        with contextlib.suppress(OSError):  # a dead worker is noticed when its answer is awaited
+            self.connection.send(index)
+
+    def answer(self) -> Any:
+        """What the episode came to: its counts, the error that ends the run, or how the worker was lost."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join(10)
+            code = self.process.exitcode
+            if code is not None and code < 0:
+                return _Lost(f"ended by {signal.Signals(-code).name}")
+            return _Lost(f"ended with exit code {code}")
 
     def stop(self) -> None:
         self.connection.close()
         self.process.terminate()
         self.process.join(10)
+
+
+class _Lost(Exception):
+    """A worker that cannot go on, while another one could."""
 
 
 def _record_all(
@@ -196,23 +213,21 @@ def _record_all(
         while any(worker.index is not None for worker in crew):
             ready = wait([worker.connection for worker in crew if worker.index is not None])
             for worker in [w for w in crew if w.connection in ready]:
-                try:
-                    message = worker.connection.recv()
-                except (EOFError, ConnectionError):
-                    index = worker.index
+                message = worker.answer()
+                if isinstance(message, _Lost):
                     worker.stop()
-                    crashes[index] += 1
-                    summary.crashes.append(f"episode {index}: {_cause(worker.process.exitcode)}")
-                    if crashes[index] >= _MAX_CRASHES:
-                        raise RuntimeError(
-                            f"episode {index} ended {_MAX_CRASHES} simulators; finished episodes are kept. "
-                            f"The last: {summary.crashes[-1]}"
-                        ) from None
+                    crashes[worker.index] += 1
+                    summary.crashes.append(f"episode {worker.index}: {message}")
+                    if crashes[worker.index] >= _MAX_CRASHES:
+                        raise ChildProcessError(
+                            f"{_MAX_CRASHES} simulators were lost to one episode; the last was {message} "
+                            f"(episode {worker.index}). Finished episodes are kept"
+                        )
+                    waiting.appendleft(worker.index)
                     crew[crew.index(worker)] = worker = _Worker(request, path)
-                    waiting.appendleft(index)
+                elif isinstance(message, Exception):
+                    raise message
                 else:
-                    if isinstance(message, Exception):
-                        raise message
                     summary.recorded += 1
                     summary.frames += message["frames"]
                     summary.attempts += message["attempts"]
@@ -224,12 +239,6 @@ def _record_all(
     finally:
         for worker in crew:
             worker.stop()
-
-
-def _cause(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        return f"its simulator was ended by {signal.Signals(-exitcode).name}"
-    return f"its simulator ended with code {exitcode}"
 
 
 def _work(connection: Connection, request: Request, path: Path) -> None:
@@ -253,12 +262,11 @@ def _work(connection: Connection, request: Request, path: Path) -> None:
 
 
 def _sendable(error: Exception) -> Exception:
-    kinds = (OSError, ValueError, ImportError)
-    text = str(error)
+    """An error that survives the way to the parent, whatever its own class needs to be built."""
     if isinstance(error, OSError) and error.errno is not None:
         return OSError(error.errno, error.strerror)
-    kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
-    return kind(text if kind is not RuntimeError else f"{type(error).__name__}: {text}")
+    kind = next((kind for kind in (OSError, ValueError, ImportError) if isinstance(error, kind)), None)
+    return kind(str(error)) if kind else _Lost(f"stopped by {type(error).__name__}: {error}")
 
 
 def _record(request: Request, path: Path, index: int, env: Any, demonstrator: Any) -> dict[str, int]:
@@ -271,7 +279,7 @@ def _record(request: Request, path: Path, index: int, env: Any, demonstrator: An
         if episode is not None:
             break
     else:
-        raise RuntimeError(
+        raise ValueError(
             f"episode {index} ({start} start): the expert failed {_MAX_ATTEMPTS} times; lower --noise"
         )
     robomimic.write_part(

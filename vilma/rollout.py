@@ -82,8 +82,10 @@ class Rollout:
             for i in free:
                 self.rows[i].simulator.ready(self.build_timeout_s)
         except SimulatorFailure as failure:
-            message = f"the environment cannot be built: {failure}"
-            raise EvaluationError(f"{message}\n{failure.details}".rstrip()) from failure
+            # These two are written for the user; anything else needs its traceback.
+            is_plain = str(failure).startswith(("ImportError", "ValueError"))
+            details = "" if is_plain else f"\n{failure.details}".rstrip()
+            raise EvaluationError(f"the environment cannot be built: {failure}{details}") from failure
         for i in free:
             self.rows[i].begin(self.waiting.popleft())
             self._attempt(i, self.rows[i].simulator.reset_async, self.seed + self.rows[i].episode)

@@ -78,7 +78,7 @@ def test_observations_follow_the_contract(lift):
     raw, state = lift.privileged(), observation["observation.state"]
     np.testing.assert_allclose(state[:3], raw["robot0_eef_pos"], atol=1e-6)
     np.testing.assert_allclose(state[9:], raw["robot0_gripper_qpos"], atol=1e-6)
-    # The two columns of a rotation: unit, orthogonal, and the third one points down (the rest pose's gripper).
+    # The two columns of a rotation: unit, orthogonal, and the third one points down, as the gripper at rest.
     first, second = state[3:6], state[6:9]
     np.testing.assert_allclose([first @ first, second @ second, first @ second], [1, 1, 0], atol=1e-5)
     assert np.cross(first, second)[2] < -0.95

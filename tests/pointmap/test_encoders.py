@@ -80,6 +80,9 @@ def test_spatial_softmax_holes_do_not_pull_the_expected_point():
     mask = (torch.rand(3, 1, 64, 64) < 0.6).float()
     x = torch.cat([point.view(1, 3, 1, 1) * mask, mask], dim=1)
     where = torch.randn(3, 32, 256).softmax(-1)
+    x = torch.where(
+        mask > 0, x, torch.tensor([9.0, 9, 9, 0]).view(4, 1, 1)
+    )  # what a shift of origin leaves there
     expected = encoder._expect(x, where, torch.Size((16, 16)))
     torch.testing.assert_close(expected, point.expand(3, 32, 3), rtol=1e-4, atol=1e-4)
     assert (encoder._expect(x * 0, where, torch.Size((16, 16))) == 0).all()
@@ -122,6 +125,7 @@ def test_spatial_softmax_learns_where_a_patch_is():
         (lambda: build_encoder("spatial_softmax", 3, expect_channels=4), "expect_channels must lie"),
         (lambda: build_encoder("spatial_softmax", 3, mask_channel=3), "mask_channel must be one of the 3"),
         (lambda: build_encoder("spatial_softmax", 3, channels=(15, 24, 32)), "multiples of 8"),
+        (lambda: build_encoder("spatial_softmax", 3)(torch.rand(1, 3, 7, 64)), "at least 8 pixels a side"),
         (
             lambda: build_encoder("film_resnet18", 3)(torch.rand(1, 3, 32, 32)),
             r"cond must have shape \(1, 512\), got None",

@@ -113,6 +113,9 @@ def test_workspace_crop_marks_and_pixel_crop_cuts():
     assert (inside.points[~inside.valid] == 0).all()
     assert torch.equal(inside.points[inside.valid], seen.points[inside.valid])
     assert torch.equal(inside.crop(np.array(box)).valid, inside.valid)
+    corner = seen.points[4, 4]
+    assert seen.crop(torch.stack([corner, corner + 1])).valid[4, 4], "bounds belong to the workspace"
+    assert seen.crop(torch.stack([corner - 1, corner])).valid[4, 4]
     window = seen.crop((3, 5, 12, 20))
     assert window.points.shape == (12, 20, 3) and window.frame == "world"
     assert torch.equal(window.points, seen.points[3:15, 5:25])

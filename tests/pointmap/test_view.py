@@ -78,7 +78,7 @@ def episodes(tmp_path):
         for demo in ("demo_0", "demo_1"):
             obs = file.create_group(f"data/{demo}/obs")
             obs["top_image"] = np.stack([rgb] * 3)
-            obs["top_depth"] = np.stack([depth] * 3)[..., None]
+            obs["top_depth"] = np.stack([depth, depth + 0.1, depth])[..., None]
             obs["top_intrinsic"] = camera.intrinsics.expand(3, 3, 3).numpy()
             obs["top_extrinsic"] = camera.pose.expand(3, 4, 4).numpy()
             obs["side_image"] = np.stack([rgb] * 3)
@@ -120,6 +120,14 @@ def test_tool_names_what_is_wrong(episodes, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         view(episodes, "--out", tmp_path / "picture.png", *arguments)
     assert not (tmp_path / "picture.png").exists()
+
+
+def test_the_asked_frame_is_read(episodes):
+    from vilma.tools.view_pointmap import read_frame
+
+    depths = [read_frame(episodes, "demo_0", frame)["top"][1] for frame in (0, 1, -2)]
+    np.testing.assert_allclose(depths[1], depths[0] + 0.1)
+    np.testing.assert_array_equal(depths[2], depths[1])
 
 
 def test_tool_names_a_file_that_is_not_there_or_broken(episodes, tmp_path):

@@ -262,9 +262,10 @@ def test_without_depth_the_map_is_a_hole_and_nothing_breaks(value):
 
 def test_padded_actions_are_left_out_of_the_loss():
     batch = make_batch()
-    batch["action_is_pad"][:, 4:] = True
+    batch["action_is_pad"][0, 4:] = True
+    batch["action_is_pad"][2, 1:] = True
     changed = batch | {"action": batch["action"].clone()}
-    changed["action"][:, 4:] += 0.5
+    changed["action"][batch["action_is_pad"]] += 0.5
 
     def loss(policy, data):
         torch.manual_seed(3)

@@ -102,6 +102,14 @@ def test_history_is_repeated_on_the_left_and_forgotten_at_reset():
     assert policy.calls[-1][0].flatten().tolist() == [7, 7, 7]
 
 
+def test_a_short_history_repeats_its_oldest_step():
+    policy = CounterPolicy(CounterConfig(obs_horizon=3, execute=1))
+    for t in range(4):
+        policy.select_action(observation([float(t)]))
+    windows = [state.flatten().tolist() for state, _ in policy.calls]
+    assert windows == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]]
+
+
 def test_history_looks_only_at_the_last_steps():
     policy = CounterPolicy(CounterConfig(obs_horizon=2, horizon=6, execute=5))
     looks = []
@@ -115,6 +123,7 @@ def test_history_looks_only_at_the_last_steps():
 def test_observations_are_copied():
     policy = CounterPolicy(CounterConfig(obs_horizon=2, execute=1))
     buffer = observation([1.0])
+    buffer["observation.state"] = buffer["observation.state"].astype(np.float32)
     policy.select_action(buffer)
     buffer["observation.state"][:] = 2.0
     policy.select_action(buffer)

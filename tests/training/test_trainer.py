@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -225,6 +227,26 @@ def test_best_without_a_score_is_the_lowest_training_loss(toy, tmp_path):
     trainer.fit()
     means = [sum(losses[k : k + 5]) / 5 for k in range(0, 20, 5)]
     assert trainer.checkpoints.linked("best") == 5 * (means.index(min(means)) + 1)
+
+
+def test_an_interrupt_does_not_move_the_best(toy, tmp_path):
+    """The mean loss between two checkpoints goes over an interrupt in between."""
+
+    def interrupt(step, values):
+        if step == 28:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    whole, cut = (toy.build(tmp_path / name, checkpoint_every=15) for name in ("whole", "cut"))
+    whole.fit()
+    cut.on_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit()
+    assert cut.checkpoints.linked("last") == 28 and cut.checkpoints.linked("best") == 15
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    toy.build(tmp_path / "cut", checkpoint_every=15).fit()
+    files = (run.checkpoints.path(30) / "trainer.pt" for run in (whole, cut))
+    a, b = (torch.load(file, weights_only=True)["best"] for file in files)
+    assert a == b and a["step"] == 30
 
 
 def test_metrics_and_tensorboard(toy, tmp_path):

@@ -1,4 +1,4 @@
-"""The mLSTM against golden vectors in float64: output, last state and every gradient, at their stated tolerance."""
+"""The mLSTM against float64 golden vectors: output, last state and every gradient, at their tolerance."""
 
 import pytest
 import torch
@@ -41,13 +41,13 @@ FORMS = {
 
 @pytest.mark.parametrize(
     "form, dtype",
-    [(form, dtype) for form in FORMS for dtype in (torch.float64, torch.float32)],
+    # the plain parallel form cancels in float32: it is a float64 reference only
+    [(form, torch.float64) for form in FORMS]
+    + [(form, torch.float32) for form in FORMS if form != "parallel"],
     ids=lambda value: str(value).removeprefix("torch."),
 )
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"][6:-4])
 def test_golden(case, form, dtype):
-    if form == "parallel" and dtype == torch.float32:
-        pytest.skip("the plain parallel form cancels in float32: it is a float64 reference")
     stored = golden("kernels", case["file"])
     given = {name: x.to(dtype) for name, x in stored.items()}
     inputs = {name: given[name].clone().requires_grad_() for name in "qkvif"}

@@ -23,8 +23,8 @@ _DESCEND_LIMIT = 40
 # Steps after which a lift must show, and how far the object may fall behind the hand.
 _LIFT_GRACE, _LIFT_SLACK = 5, 0.02
 _RETREAT_LIMIT = 20
-# Tries to miss: at the smaller distances the fingers often catch the object all the same.
-_MISSES = 8
+# Smallest distances of the tries to miss: near the object the fingers often catch it all the same.
+_MISSES = (0.015, 0.03, 0.035, 0.04)
 
 
 @dataclass(frozen=True)
@@ -288,10 +288,10 @@ def _stored_observation(env: RobosuiteEnv, observation: dict[str, Any]) -> dict[
 
 def _miss_a_grasp(env: RobosuiteEnv, demonstrator: Expert, rng: np.random.Generator, seed: int) -> None:
     """Grasp 1.5 to 4.5 cm beside the object and stop somewhere between closing and lifting."""
-    for _ in range(_MISSES):
+    for nearest in _MISSES:
         env.reset(seed=seed, options={"render": False})
         position = np.asarray(env.privileged()[f"{demonstrator.law.object}_pos"], np.float64)
-        angle, radius = rng.uniform(0.0, 2 * np.pi), rng.uniform(0.015, 0.045)
+        angle, radius = rng.uniform(0.0, 2 * np.pi), rng.uniform(nearest, 0.045)
         demonstrator.reset(aim=position + radius * np.array([np.cos(angle), np.sin(angle), 0.0]))
         last_step = rng.integers(1, 9)
         for _ in range(60):

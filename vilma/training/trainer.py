@@ -210,7 +210,7 @@ class Trainer:
                 f"{state['samples']}; give it the same data, or use another run directory"
             )
 
-    def _prepare(self, accelerator: Any, state: Mapping[str, Any] | None) -> "_Run":
+    def _prepare(self, accelerator: Any, state: dict[str, Any] | None) -> "_Run":
         """Optimiser, schedule, average and loader, with everything restored that ``state`` holds."""
         config = self.config
         bare = self.model.to(accelerator.device)
@@ -224,6 +224,8 @@ class Trainer:
                 _load(module, values, self.checkpoints.path(state["step"]))
             optimizer.load_state_dict(state["optimizer"])
         ledger = Ledger.restore(state)
+        if state is not None:
+            state.clear()  # everything is copied; at full size this is several times the model
         stream = SampleStream(
             len(self.dataset),
             config.batch_size,
@@ -244,6 +246,7 @@ class Trainer:
         return _Run(
             accelerator=accelerator,
             bare=bare,
+            trainable=[p for p in bare.parameters() if p.requires_grad],
             model=accelerator.prepare_model(bare),
             optimizer=accelerator.prepare_optimizer(optimizer),
             schedule=schedule,
@@ -252,7 +255,7 @@ class Trainer:
             ledger=ledger,
         )
 
-    def _train(self, accelerator: Any, display: Display, state: Mapping[str, Any] | None) -> Trained:
+    def _train(self, accelerator: Any, display: Display, state: dict[str, Any] | None) -> Trained:
         config = self.config
         run = self._prepare(accelerator, state)
         ledger = run.ledger
@@ -321,8 +324,8 @@ class Trainer:
                 with bf16:
                     loss, logs = run.model(batch)
                 accelerator.backward(loss / config.accumulate)
-            outputs.append({**logs, "loss": loss.detach()})
-        parameters = [p for p in run.bare.parameters() if p.grad is not None]
+            outputs.append({**_detached(logs), "loss": loss.detach()})
+        parameters = [p for p in run.trainable if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
 
         # Read once a step: the update must not happen if the loss or a gradient is not finite.
@@ -403,6 +406,7 @@ class _Run:
 
     accelerator: Any
     bare: nn.Module
+    trainable: list[nn.Parameter]
     model: nn.Module
     optimizer: Any
     schedule: Schedule
@@ -433,6 +437,10 @@ def _name_idle(model: nn.Module, display: Display) -> None:
     if idle:
         shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
         display.say(f"warning: the loss does not reach {len(idle)} trainable parameters: {shown}")
+
+
+def _detached(logs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in logs.items()}
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mlstm_chunkwise import mlstm_chunkwise
+from .mlstm_chunkwise import mlstm_chunkwise, no_autocast
 from .mlstm_naive import mlstm_recurrent_naive, mlstm_step_naive
 
 GATES = ("exp", "sigmoid")
@@ -94,9 +94,10 @@ def mlstm(
         state = _check_state(state, q, v, gate, normalize, acc)
     if chosen == "naive":
         given = state or _zero_state(q, v, gate, acc)
-        h, last = mlstm_recurrent_naive(
-            q.to(acc), k.to(acc), v.to(acc), i, f, given, reset, gate, normalize, reverse, eps
-        )
+        with no_autocast(q):
+            h, last = mlstm_recurrent_naive(
+                q.to(acc), k.to(acc), v.to(acc), i, f, given, reset, gate, normalize, reverse, eps
+            )
         h = h.to(q.dtype)
     else:
         given = state or (None, None, None)
@@ -134,7 +135,8 @@ def mlstm_step(
     _choose_backend(backend, q.device)
     acc = _accumulation_dtype(q, i, f)
     given = _zero_state(q, v, gate, acc) if state is None else _check_state(state, q, v, gate, normalize, acc)
-    h, last = mlstm_step_naive(*(x.to(acc) for x in (q, k, v, i, f)), given, gate, normalize, eps)
+    with no_autocast(q):
+        h, last = mlstm_step_naive(*(x.to(acc) for x in (q, k, v, i, f)), given, gate, normalize, eps)
     return h.to(q.dtype), MLSTMState(*last)
 
 

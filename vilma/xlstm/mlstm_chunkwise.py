@@ -14,8 +14,8 @@ u_s - M_t is a small difference of sums that grow with L: in float32 it would lo
 therefore float64 (two numbers a step), and the differences are taken in float32 in two exact halves.
 
 The backward is the gradient of the recurrence, the normaliser and the last state included: the formulas
-follow from those above, with the normaliser as one more column of h (v = 1). m is a choice of unit for C and n:
-h depends on it only through eps, and the returned state by its definition. Both effects make up `mu`, the
+follow from those above, with the normaliser as one more column of h (v = 1). m is a choice of unit for C and
+n: h depends on it only through eps, and the returned state by its definition. Both effects make up `mu`, the
 gradient of m at fixed C exp(m) and n exp(m), which goes to the step that attains the maximum.
 
 Shapes: B batch, H heads, N = B * H, T steps, L steps of one chunk, Dk and Dv head sizes. Kept for the
@@ -28,7 +28,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .mlstm_naive import State, sequence_starts
 
@@ -95,7 +94,7 @@ class _Chunkwise(torch.autograd.Function):
     def forward(ctx, q, k, v, i, f, c0, n0, m0, starts, form: _Form, return_state: bool):
         ctx.set_materialize_grads(False)
         ctx.form = form
-        with _no_autocast(q):
+        with no_autocast(q):
             h, last, dens, inner, (q, k, v) = _forward(
                 q, k, v, i, f, (c0, n0, m0), starts, form, return_state
             )
@@ -103,20 +102,43 @@ class _Chunkwise(torch.autograd.Function):
         return h, *last
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dh, dc, dn, dm):
+    def backward(ctx, *grads):
+        create_graph = torch.is_grad_enabled()
+        grads = _Chunkwise.first_derivative(ctx, *grads)
+        if create_graph:
+            grads = _NotTwice.apply(*(None if x is None else x.requires_grad_() for x in grads))
+        return grads
+
+    @staticmethod
+    @torch.no_grad()
+    def first_derivative(ctx, dh, dc, dn, dm):
         q, k, v, i, f, c0, n0, m0, starts, c, n, m, *rest = ctx.saved_tensors
         count = len(_spans(q.shape[2], ctx.form))
         dens = rest[:count] if ctx.form.normalize else [None] * count
         inner = rest[count:] if ctx.form.normalize else rest
         states = [_by_row(c0, n0, m0), *(tuple(inner[j : j + 3]) for j in range(0, len(inner), 3))]
         states.append(_by_row(c, n, m))
-        with _no_autocast(q):
+        with no_autocast(q):
             grads = _backward(q, k, v, i, f, starts, states, dens, dh, _by_row(dc, dn, dm), ctx.form)
         dc0, dn0, dm0 = (
             None if x is None or d is None else d.view(x.shape) for d, x in zip(grads[5:], (c0, n0, m0))
         )
         return *grads[:5], dc0, dn0, dm0, None, None, None
+
+
+class _NotTwice(torch.autograd.Function):
+    """Hands gradients through and refuses to be differentiated (create_graph=True must not drop a term)."""
+
+    @staticmethod
+    def forward(ctx, *grads):
+        ctx.set_materialize_grads(False)
+        return tuple(None if x is None else x.view_as(x) for x in grads)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "this mlstm backend has no second derivative; use backend='naive' where it is needed"
+        )
 
 
 def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
@@ -260,10 +282,9 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
     dm = None
     if states[0][2] is not None:
         dm = product if mu is None else product + mu
-    if not form.exponential:
-        dlog_i = dlog_i * torch.sigmoid(-i.flatten(0, 1))
     df = dlog_f * torch.sigmoid(-f.flatten(0, 1))
-    return dq, dk, dv, dlog_i.view(i.shape), df.view(f.shape), dc, dn, dm
+    di = dlog_i if form.exponential else dlog_i * torch.sigmoid(-i.flatten(0, 1))
+    return dq, dk, dv, di.view(i.shape), df.view(f.shape), dc, dn, dm
 
 
 def _log_gates(i: Tensor, f: Tensor, exponential: bool) -> tuple[Tensor, Tensor]:
@@ -403,6 +424,9 @@ def _by_row(c: Tensor | None, n: Tensor | None, m: Tensor | None) -> tuple:
     return tuple(x if x is None else x.flatten(0, 1) for x in (c, n, m))
 
 
-def _no_autocast(x: Tensor):
+def no_autocast(x: Tensor):
+    """A context in which autocast does not turn float32 states and products into half precision."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

@@ -1,0 +1,171 @@
+"""vilma train-policy on a tiny file: from command line to checkpoint, its resume, and its clear errors."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vilma import config
+from vilma.datasets.robomimic import EpisodeWriter
+from vilma.policies import load_policy
+from vilma.tools.train_policy import RunConfig, main
+
+CONFIG = "configs/smoke/lift_smoke.yaml"
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+SIDE = 20
+
+
+def write_demos(path: Path, episodes: int = 3, seed: int = 0, frame: str = "world") -> Path:
+    rng = np.random.default_rng(seed)
+    pose = np.diag([1.0, -1.0, -1.0, 1.0]).astype(np.float32)  # looking down from one metre above the table
+    pose[2, 3] = 1.8
+    focal = np.array([[SIDE, 0, SIDE / 2], [0, SIDE, SIDE / 2], [0, 0, 1]], np.float32)
+    env_args = {"env_name": "Lift", "env_version": "1.5.2", "type": 1, "env_kwargs": {"control_freq": 20}}
+    attributes = {"reference_frame": frame, "action_kind": "delta", "task": "lift the red cube"}
+    with EpisodeWriter(path, env_args, attributes) as writer:
+        for _ in range(episodes):
+            length = int(rng.integers(8, 14))
+            obs = {
+                "robot0_eef_pos": rng.normal(size=(length, 3)),
+                "robot0_eef_rot6d": rng.normal(size=(length, 6)),
+                "robot0_gripper_qpos": rng.normal(size=(length, 2)),
+            }
+            for camera in CAMERAS:
+                obs[f"{camera}_image"] = rng.integers(0, 256, (length, SIDE, SIDE, 3), dtype=np.uint8)
+                obs[f"{camera}_depth"] = rng.uniform(0.9, 1.0, (length, SIDE, SIDE)).astype(np.float32)
+                obs[f"{camera}_intrinsic"], obs[f"{camera}_extrinsic"] = focal, pose
+            writer.write(actions=rng.uniform(-1, 1, (length, 7)), obs=obs)
+    return path
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory):
+    return write_demos(tmp_path_factory.mktemp("demos") / "demos.hdf5")
+
+
+def train(demos, run_dir, *overrides):
+    return main([CONFIG, "--run", str(run_dir), "--data.path", str(demos), *map(str, overrides)])
+
+
+@pytest.fixture(scope="module")
+def finished(demos, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert train(demos, run_dir, "--train.tensorboard", "false") == 0
+    return run_dir
+
+
+def test_a_run_gives_a_policy_that_acts(demos, finished, capsys):
+    assert config.load(RunConfig, finished / "config.yaml").train.steps == 20
+    policy = load_policy(finished / "checkpoints" / "last")
+    assert len(policy.statistics["action"]["mean"]) == 7
+    obs = {f"observation.images.{c}": np.zeros((2, 3, SIDE, SIDE), np.uint8) for c in CAMERAS}
+    obs |= {f"observation.depth.{c}": np.ones((2, SIDE, SIDE), np.float32) for c in CAMERAS}
+    focal = np.array([[SIDE, 0, 10], [0, SIDE, 10], [0, 0, 1]], np.float32)
+    obs |= {f"observation.intrinsics.{c}": np.stack([focal] * 2) for c in CAMERAS}
+    obs |= {f"observation.pose.{c}": np.stack([np.eye(4, dtype=np.float32)] * 2) for c in CAMERAS}
+    obs |= {"observation.state": np.zeros((2, 11), np.float32), "task": ["lift the red cube"] * 2}
+    assert policy.select_action(obs).shape == (2, 7)
+    state = torch.load(finished / "checkpoints" / "last" / "trainer.pt", weights_only=True)
+    averaged = load_file(finished / "checkpoints" / "last" / "model.safetensors")
+    assert state["step"] == 20 and averaged.keys() == state["model"].keys()
+    assert any(not torch.equal(averaged[name], value) for name, value in state["model"].items())
+
+
+def test_a_finished_run_is_left_alone_without_reading_data(finished, capsys):
+    weights = finished / "checkpoints" / "last" / "model.safetensors"
+    modified = weights.stat().st_mtime_ns
+    assert train("/absent/demos.hdf5", finished, "--train.tensorboard", "false") == 0
+    said = capsys.readouterr().out
+    assert "already trained to step 20" in said and "vilma eval" in said
+    assert weights.stat().st_mtime_ns == modified
+
+
+def test_the_seed_decides_the_weights(demos, finished, tmp_path, capsys):
+    for name, seed in (("same", "0"), ("other", "1")):
+        assert train(demos, tmp_path / name, "--seed", seed, "--train.tensorboard", "false") == 0
+    assert "vilma eval robosuite/Lift" in capsys.readouterr().out
+    weights = [
+        (folder / "checkpoints" / "last" / "model.safetensors").read_bytes()
+        for folder in (finished, tmp_path / "same", tmp_path / "other")
+    ]
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (("--policy.action_dim", "6", "--policy.gripper_index", "[5]"), "action_dim is 7, the policy's is 6"),
+        (("--policy.state_dim", "9"), "state_dim is 11, the policy's is 9"),
+        (("--policy.reference_frame", "base"), "reference_frame is 'world', the policy's is 'base'"),
+        (("--policy.action_kind", "absolute"), "action_kind is 'delta', the policy's is 'absolute'"),
+        (("--policy.image_size.agentview", "[84, 84]"), r"agentview .* are \(20, 20\).*\(84, 84\)"),
+        (("--policy.horizon", "12"), "policy.horizon is 12 but data.action_horizon is 10"),
+        (("--data.cameras", "[agentview]"), "policy.cameras names robot0_eye_in_hand"),
+        (("--train.stepps", "3"), "did you mean 'steps'"),
+        (("--optim.lr", "fast"), "optim.lr"),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_written(demos, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        train(demos, tmp_path / "run", *overrides)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_are_named(demos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.hdf5"):
+        train(tmp_path / "absent.hdf5", tmp_path / "run")
+    with pytest.raises(config.ConfigError, match=r"close: .*lift_smoke\.yaml"):
+        main([str(Path(__file__).parents[2] / "configs/smoke/lift_smok.yaml")])
+
+
+def test_changed_demonstrations_are_refused(demos, finished, tmp_path):
+    import shutil
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir, symlinks=True)
+    text = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(text.replace("steps: 20", "steps: 30"))
+    other = write_demos(tmp_path / "other.hdf5", seed=1)
+    with pytest.raises(ValueError, match="the data changed since"):
+        train(other, run_dir, "--train.steps", "30")
+    assert train(demos, run_dir, "--train.steps", "30") == 0
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert "vilma train-policy CONFIG [--run DIR] [--seed N]" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_the_command_killed_twice_ends_as_if_it_never_was(demos, tmp_path):
+    def start(run_dir):
+        command = [sys.executable, "-m", "vilma.cli", "train-policy", CONFIG, "--run", str(run_dir)]
+        command += ["--data.path", str(demos), "--train.steps", "120", "--train.keep", "99"]
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def kill_beyond(process, run_dir, step):
+        while not (run_dir / "checkpoints" / f"step-{step:08d}").is_dir():
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(whole).wait() == 0
+    for step in (20, 60):
+        kill_beyond(start(killed), killed, step)
+    process = start(killed)
+    assert process.wait() == 0 and "going on from step" in process.stdout.read()
+    for name in ("model.safetensors", "config.yaml", "stats.json"):
+        a, b = (run / "checkpoints" / "last" / name for run in (whole, killed))
+        assert a.read_bytes() == b.read_bytes()

@@ -1,0 +1,140 @@
+"""Print the measured lines of the house and its demo: figure, target, met or missed."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import vilma
+from vilma import config
+from vilma.report import read_timings
+
+ROOT = Path(vilma.__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results" / "house"
+POLICY = ROOT / "tests" / "data" / "demo_policy"
+WIDE, DEFAULT = "robosuite_Lift_placement-0.12", "robosuite_Lift"
+MINUTES = 12
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="vilma show-house", description=__doc__)
+    parser.add_argument(
+        "--record", type=Path, nargs="+", metavar="RUN", help="first copy these runs' results to docs/results/house"
+    )
+    parser.add_argument("--quick", action="store_true", help="only cite results, run no tests")
+    options = parser.parse_args(arguments)
+    for run in options.record or ():
+        print(f"recorded {record(run)}")
+    lines = [*demo_lines(), *collection_lines(), policy_line()]
+    if not options.quick:
+        lines += [tests_line(*group) for group in TEST_GROUPS]
+    for name, figure, target, met in lines:
+        print(f"{'met   ' if met else 'MISSED'}  {name}: {figure}   (target: {target})")
+    return 0 if all(met for *_, met in lines) else 1
+
+
+def record(run: Path) -> Path:
+    """Keep what a demo run measured: its evaluations, the seconds of its phases, its seed and commit."""
+    seed = config.read(run / "config.yaml")["train"]["seed"]
+    results = {}
+    for file in sorted((run / "eval").glob("*.json")):
+        result = json.loads(file.read_text())
+        results[file.stem] = {"description": result["description"], "summary": result["summary"]}
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"demo_seed{seed}.json"
+    values = {
+        "command": f"make demo SEED={seed}",
+        "commit": commit.stdout.strip(),
+        "timings": read_timings(run),
+        "evaluations": results,
+    }
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    return path
+
+
+def demo_lines() -> list[tuple[str, str, str, bool]]:
+    """Success and minutes of the recorded demo runs."""
+    runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("demo_seed*.json"))]
+    if not runs:
+        return [("demo", "no result under docs/results/house", ">= 90 %", False)]
+    lines = []
+    seconds = [sum(t["seconds"] for t in run["timings"].values()) for run in runs]
+    lines.append(
+        (
+            f"minutes of make demo, {len(runs)} seeds",
+            ", ".join(f"{s / 60:.1f}" for s in seconds),
+            f"<= {MINUTES} each",
+            max(seconds) <= 60 * MINUTES,
+        )
+    )
+    for name, words, target in (
+        (WIDE, "success, cube over 24 x 24 cm", 0.90),
+        (DEFAULT, "success, robosuite's 6 x 6 cm", 0.96),
+        (f"{WIDE}_blank-images-depth", "the same policy blind (images and depth zero)", None),
+    ):
+        summaries = [_summary(run, name) for run in runs]
+        present = [s for s in summaries if s]
+        rates = [s["successes"] / s["episodes"] for s in present]
+        mean = sum(rates) / max(len(rates), 1)
+        counts = ", ".join(f"{s['successes']}/{s['episodes']}" for s in present)
+        lines.append(
+            (
+                words,
+                f"mean {100 * mean:.1f} % ({counts})",
+                f">= {100 * target:.0f} %, {len(runs)} seeds" if target else "shown beside it",
+                len(present) == len(runs) >= (3 if target else 1) and (target is None or mean >= target),
+            )
+        )
+    cited = ", ".join(sorted({f"{run['command']} at {run['commit']}" for run in runs}))
+    print(f"cited: {cited}")
+    return lines
+
+
+def _summary(run: dict[str, Any], name: str) -> dict[str, Any] | None:
+    result = run["evaluations"].get(name)
+    return result["summary"] if result else None
+
+
+def collection_lines() -> list[tuple[str, str, str, bool]]:
+    path = RESULTS / "collect_lift.json"
+    if not path.exists():
+        return [("collection", "no result", "100 % of kept episodes succeed", False)]
+    kept = json.loads(path.read_text())
+    return [
+        (
+            f"kept demonstrations that succeed ({kept['command']})",
+            f"{kept['successes']}/{kept['episodes']}, {kept['frames_per_second']:.1f} frames/s",
+            "100 %",
+            kept["successes"] == kept["episodes"],
+        )
+    ]
+
+
+def policy_line() -> tuple[str, str, str, bool]:
+    size = sum(f.stat().st_size for f in POLICY.glob("*")) if POLICY.is_dir() else 0
+    return "the committed demo policy", f"{size / 1e6:.2f} MB", "<= 8 MB, there", 0 < size <= 8e6
+
+
+# (what is shown, tests that show it)
+TEST_GROUPS = (
+    ("table plane within 0.01 mm, cube tops within 4 mm", ["tests/envs/test_robosuite.py"]),
+    ("pmp and mlstm vectors", ["tests/pointmap", "tests/policies", "tests/xlstm", "tests/training/test_schedule.py"]),
+)
+
+
+def tests_line(name: str, paths: list[str]) -> tuple[str, str, str, bool]:
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not long", "--no-header", *paths]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    last = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr[-200:]
+    took = time.perf_counter() - began
+    return name, f"{last.strip('= ')} [{took:.0f} s]", "all pass", result.returncode == 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
