@@ -21,7 +21,7 @@ $(READY): requirements.lock pyproject.toml | system
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "vilma needs Python 3.11 or 3.12, got %d.%d: run make PYTHON=python3.11" % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
@@ -30,11 +30,12 @@ system:
 
 # Every step is resumable: a second `make demo` reuses what is finished.
 demo: setup
-	$(VILMA) collect-robosuite --task Lift --demos 100 --placement 0.12 --seed $(SEED) --out $(RUN)/demos.hdf5
+	$(VILMA) collect-robosuite --task Lift --demos 100 --placement 0.12 --seed $(SEED) --run $(RUN)
 	$(VILMA) train-policy configs/policies/demo_lift.yaml --run $(RUN) --train.seed $(SEED) --data.path $(RUN)/demos.hdf5
 	$(VILMA) eval robosuite/Lift $(RUN) --episodes 50 --env.placement 0.12
+	$(VILMA) eval robosuite/Lift $(RUN) --episodes 50 --videos 0
 	$(VILMA) eval robosuite/Lift $(RUN) --episodes 50 --env.placement 0.12 --blank images,depth --videos 0
-	$(VILMA) report $(RUN)
+	$(VILMA) report $(RUN) --headline robosuite_Lift_placement-0.12
 	@echo "open $(RUN)/report.html"
 
 test: setup

@@ -1,4 +1,4 @@
-"""One thread in every test: these machines are shared, and bit-exact comparisons need a fixed thread count."""
+"""One thread in every test: machines are shared, and bit-exact comparisons need a fixed thread count."""
 
 import os
 
@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import triton  # noqa: F401 - before MuJoCo's software renderer, whose LLVM would shadow triton's own
 
 torch.set_num_threads(1)
 

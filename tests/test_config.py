@@ -32,7 +32,9 @@ def test_round_trip(tmp_path):
 
 
 def test_dotted_overrides():
-    values = config.override({"optim": {"lr": 1.0}}, ["--optim.lr", "3e-4", "--crops.front=[1, 2]", "--name", "x"])
+    values = config.override(
+        {"optim": {"lr": 1.0}}, ["--optim.lr", "3e-4", "--crops.front=[1, 2]", "--name", "x"]
+    )
     run = config.decode(Run, values)
     assert run.optim.lr == 3e-4 and run.crops == {"front": (1, 2)} and run.name == "x"
 

@@ -192,7 +192,8 @@ def test_no_file_is_loaded_under_two_names():
 
 
 def test_importing_vilma_is_light():
-    code = "import vilma, vilma.cli, vilma.config, sys; print(sorted({'torch', 'numpy', 'timm'} & set(sys.modules)))"
+    heavy = "{'torch', 'numpy', 'timm'} & set(sys.modules)"
+    code = f"import vilma, vilma.cli, vilma.config, sys; print(sorted({heavy}))"
     assert run_python(code, ROOT).stdout.strip() == "[]"
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 
 from vilma.datasets import robomimic_writer as robomimic
 from vilma.envs import find_task
+from vilma.report import record_time
 
 __all__ = ["Request", "Summary", "collect", "main"]
 
@@ -298,10 +300,15 @@ def _record(request: Request, path: Path, index: int, env: Any, demonstrator: An
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    started, arguments = time.perf_counter(), list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="vilma collect-robosuite", description=__doc__)
     parser.add_argument("--task", default="Lift", help="Lift, Stack or PickPlaceCan")
     parser.add_argument("--demos", type=int, default=100, help="successful episodes to keep")
-    parser.add_argument("--out", type=Path, required=True, help="the HDF5 file to write")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, help="the HDF5 file to write")
+    where.add_argument(
+        "--run", type=Path, help="a run directory: writes RUN/demos.hdf5, its report shows the time"
+    )
     parser.add_argument("--cameras", nargs="+", help="default: the task's own")
     parser.add_argument("--size", type=int, default=84, help="pixels, height and width")
     parser.add_argument("--placement", type=float, help="half width in metres of the area of the objects")
@@ -312,6 +319,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="simulator processes"
     )
     options = parser.parse_args(arguments)
+    out = options.out or options.run / "demos.hdf5"
 
     task = find_task(options.task if "/" in options.task else f"robosuite/{options.task}")
     request = Request(
@@ -324,12 +332,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         noise=options.noise,
         perturbed=options.perturbed,
     )
-    summary = _with_progress(request, options.out, options.workers)
+    summary = _with_progress(request, out, options.workers)
     for crash in summary.crashes:
         print(f"redone: {crash}", file=sys.stderr)
     if not summary.recorded:
         print(f"already complete: {summary.path} ({summary.reused} demonstrations)")
         return 0
+    if options.run:
+        command = shlex.join(["vilma", "collect-robosuite", *arguments])
+        record_time(options.run, "collect", time.perf_counter() - started, command)
     kept = f" ({summary.reused} from an earlier run)" if summary.reused else ""
     print(
         f"{summary.path}: {request.demos} demonstrations{kept}; recorded {summary.recorded} "

@@ -23,7 +23,11 @@ MINUTES = 12
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vilma show-house", description=__doc__)
     parser.add_argument(
-        "--record", type=Path, nargs="+", metavar="RUN", help="first copy these runs' results to docs/results/house"
+        "--record",
+        type=Path,
+        nargs="+",
+        metavar="RUN",
+        help="first copy these runs' results to docs/results/house",
     )
     parser.add_argument("--quick", action="store_true", help="only cite results, run no tests")
     options = parser.parse_args(arguments)
@@ -44,7 +48,9 @@ def record(run: Path) -> Path:
     for file in sorted((run / "eval").glob("*.json")):
         result = json.loads(file.read_text())
         results[file.stem] = {"description": result["description"], "summary": result["summary"]}
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"demo_seed{seed}.json"
     values = {
@@ -123,7 +129,10 @@ def policy_line() -> tuple[str, str, str, bool]:
 # (what is shown, tests that show it)
 TEST_GROUPS = (
     ("table plane within 0.01 mm, cube tops within 4 mm", ["tests/envs/test_robosuite.py"]),
-    ("pmp and mlstm vectors", ["tests/pointmap", "tests/policies", "tests/xlstm", "tests/training/test_schedule.py"]),
+    (
+        "pmp and mlstm vectors",
+        ["tests/pointmap", "tests/policies", "tests/xlstm", "tests/training/test_schedule.py"],
+    ),
 )
 
 

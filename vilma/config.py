@@ -81,7 +81,7 @@ def override(values: dict[str, Any], arguments: Sequence[str]) -> dict[str, Any]
 
 
 def decode(cls: type[T], values: dict[str, Any], where: str = "") -> T:
-    """``values`` as an instance of the dataclass ``cls``; unknown fields are errors that name close matches."""
+    """``values`` as an instance of ``cls``; unknown fields are errors that name close matches."""
     import draccus
 
     _check_fields(cls, values, where)

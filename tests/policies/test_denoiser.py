@@ -83,6 +83,17 @@ def test_parallel_equals_recurrent():
     assert_close(torch.stack(steps, 1), parallel, 1e-12)
 
 
+def test_output_is_that_of_the_whole_stack():
+    model = tiny().eval()
+    x, sigma = torch.randn(2, 10, 7), torch.tensor([0.3, 4.0])
+    with torch.no_grad():
+        context = model.context(torch.randn(2, 4, 24), torch.randn(2, 1, 16))
+        actions = model.action_proj(x) + model.position[:, 5:]
+        tokens = torch.cat([model.sigma_embed(sigma)[:, None], context, actions], dim=1)
+        whole = model.head(model.stack(tokens))[:, -10:]
+        assert_close(model(x, sigma, context), whole, 1e-6)
+
+
 def test_initialisation():
     model = tiny(dim=256, num_heads=8)
     for name, value in model.named_parameters():
