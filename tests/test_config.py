@@ -16,6 +16,10 @@ class Optim:
     lr: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
 
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}, wanted more than 0")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,6 +55,7 @@ def test_override_leaves_its_input_alone():
         ({"stepps": 3}, r"unknown field 'stepps' in Run; did you mean 'steps'"),
         ({"optim": {"learning": 3}}, r"unknown field 'learning' in Optim; it has: lr, betas"),
         ({"optim": {"lr": "fast"}}, r"optim.lr.*'fast'"),
+        ({"optim": {"lr": -1}}, r"lr is -1.0, wanted more than 0"),
         ({"optim": {"betas": "front"}}, r"optim.betas is the text 'front', wanted a list"),
     ],
 )

@@ -87,8 +87,10 @@ def decode(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     _check_fields(cls, values, where)
     try:
         return draccus.decode(cls, values)
-    except draccus.utils.DecodingError as error:
-        raise ConfigError(f"{where or cls.__name__}: {error}") from error
+    except draccus.utils.DraccusException as error:
+        # A dataclass that refuses its values says why; the library's own sentence only says where.
+        reason = f": {error.__cause__}" if isinstance(error.__cause__, ValueError) else ""
+        raise ConfigError(f"{where or cls.__name__}: {error}{reason}") from error
 
 
 def encode(config: Any) -> dict[str, Any]:

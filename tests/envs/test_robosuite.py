@@ -5,13 +5,15 @@ and depth are judged by something that neither of them produced.
 """
 
 import dataclasses
+import functools
 import gc
+import importlib.util
 
 import numpy as np
 import pytest
 
 pytest.importorskip("gymnasium")
-if __import__("importlib.util").util.find_spec("robosuite") is None:
+if importlib.util.find_spec("robosuite") is None:
     pytest.skip("needs the extra robot", allow_module_level=True)
 
 from vilma.envs import make
@@ -304,17 +306,13 @@ def test_pictures_of_other_sizes(lift):
     assert small.shape == (84, 84, 3) and large.shape == (120, 120, 3) and small.dtype == np.uint8
 
 
-def make_one(seed: int) -> RobosuiteEnv:
-    return make("robosuite/Lift", size=32, seed=seed)
-
-
 @pytest.mark.long
 def test_vectorised_with_strings_and_an_attribute_per_row():
-    import functools
-
     from gymnasium.vector import AsyncVectorEnv
 
-    envs = AsyncVectorEnv([functools.partial(make_one, seed) for seed in (0, 1)], context="spawn")
+    lift = functools.partial(make, "robosuite/Lift", size=32)
+    makers = [functools.partial(lift, seed=seed) for seed in (0, 1)]
+    envs = AsyncVectorEnv(makers, shared_memory=False, context="spawn")
     try:
         observation, _ = envs.reset(seed=[7, 8])
         assert observation["task"] == ("lift the red cube",) * 2

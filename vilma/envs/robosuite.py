@@ -61,6 +61,9 @@ class RobosuiteEnv(gymnasium.Env):
             episode is given by its seed alone.
 
     ``step`` terminates when success has been held for ``task.hold`` steps and truncates at ``task.horizon``.
+
+    In an ``AsyncVectorEnv`` pass ``shared_memory=False``: from shared memory gymnasium decodes strings only
+    once, before the first reset, so ``task`` would stay what an empty memory spells.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
@@ -338,10 +341,8 @@ class RobosuiteEnv(gymnasium.Env):
             }
         width = sum(parts[key].size for key in self.state_keys)
         entries["observation.state"] = spaces.Box(-np.inf, np.inf, (width,), np.float32)
-        # An ordered alphabet: shared memory carries indices into it between processes.
-        entries["task"] = spaces.Text(
-            128, charset=string.ascii_letters + string.digits + string.punctuation + " "
-        )
+        alphabet = string.ascii_letters + string.digits + string.punctuation + " "
+        entries["task"] = spaces.Text(128, charset=alphabet)
         self.observation_space = spaces.Dict(entries)
         self.action_space = spaces.Box(-1.0, 1.0, (7,), np.float32)
 

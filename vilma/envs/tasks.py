@@ -41,9 +41,8 @@ def find_task(name: str) -> Task:
     """The task called ``name``; an unknown one raises ValueError naming the closest."""
     if name in TASKS:
         return TASKS[name]
-    by_lower = {known.lower(): known for known in TASKS}
-    by_lower |= {known.split("/")[1].lower(): known for known in TASKS}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.5)
-    close = list(dict.fromkeys(by_lower[match] for match in near))
+    by_word = {known.split("/")[1].lower(): known for known in TASKS}
+    near = difflib.get_close_matches(name.split("/")[-1].lower(), by_word)
+    close = [by_word[word] for word in near]
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(TASKS)}"
     raise ValueError(f"unknown task {name!r}; {hint}")
