@@ -1,18 +1,21 @@
 # vilma: `make demo` does the main job end to end, `make test` runs the tests. Both set up what they need.
 
-PYTHON ?= python3
-SEED   ?= 0
-VENV   := .venv
-BIN    := $(VENV)/bin
-VILMA  := $(BIN)/vilma
-READY  := $(VENV)/.ready
+PYTHON   ?= python3
+SEED     ?= 0
+DEMOS    ?= 100
+EPISODES ?= 50
+TRAIN    ?=
+VENV     := .venv
+BIN      := $(VENV)/bin
+VILMA    := $(BIN)/vilma
+READY    := $(VENV)/.ready
 
 export PYTHONSAFEPATH := 1
 export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean show-house smoke-demo
+.PHONY: setup system demo test test-long lint format lock wheel clean show-house
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -28,13 +31,13 @@ $(READY): requirements.lock pyproject.toml | system
 system:
 	@sh .ci/system_libraries.sh
 
-# Every step is resumable: a second `make demo` reuses what is finished.
+# Every step is resumable: a second `make demo` reuses what is finished. TRAIN takes overrides of the recipe.
 demo: setup
-	$(VILMA) collect-robosuite --task Lift --demos 100 --placement 0.12 --seed $(SEED) --run $(RUN)
-	$(VILMA) train-policy configs/policies/demo_lift.yaml --run $(RUN) --train.seed $(SEED) --data.path $(RUN)/demos.hdf5
-	$(VILMA) eval robosuite/Lift $(RUN) --episodes 50 --env.placement 0.12
-	$(VILMA) eval robosuite/Lift $(RUN) --episodes 50 --videos 0
-	$(VILMA) eval robosuite/Lift $(RUN) --episodes 50 --env.placement 0.12 --blank images,depth --videos 0
+	$(VILMA) collect-robosuite --task Lift --demos $(DEMOS) --placement 0.12 --seed $(SEED) --run $(RUN)
+	$(VILMA) train-policy configs/policies/demo_lift.yaml --run $(RUN) --train.seed $(SEED) --data.path $(RUN)/demos.hdf5 $(TRAIN)
+	$(VILMA) eval robosuite/Lift $(RUN) --episodes $(EPISODES) --env.placement 0.12
+	$(VILMA) eval robosuite/Lift $(RUN) --episodes $(EPISODES) --videos 0
+	$(VILMA) eval robosuite/Lift $(RUN) --episodes $(EPISODES) --env.placement 0.12 --blank images,depth --videos 0
 	$(VILMA) report $(RUN) --headline robosuite_Lift_placement-0.12
 	@echo "open $(RUN)/report.html"
 

@@ -6,11 +6,14 @@ Actions are the seven numbers in [-1, 1] of robosuite's BASIC composite controll
 """
 
 import contextlib
+import ctypes
 import difflib
 import importlib
+import importlib.util
 import logging
 import os
 import string
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -375,6 +378,7 @@ def _load_suite() -> Any:
     # only get in the way of the other simulators of a vectorised run.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     logging.getLogger("robosuite_logs").addFilter(_keep_errors)
+    _load_triton_first()
     try:
         return require("robosuite", "robot")
     except Exception as error:
@@ -383,6 +387,18 @@ def _load_suite() -> Any:
         if "MUJOCO_GL" in str(error):
             raise ValueError(f"{error}; wanted osmesa (software) or egl (a GPU, or software)") from error
         raise
+
+
+def _load_triton_first() -> None:
+    """Load triton's compiler before OSMesa, whose LLVM becomes global and would crash a triton imported later.
+
+    Costs 50 ms; triton itself (and torch) are not imported.
+    """
+    triton = importlib.util.find_spec("triton")
+    for folder in triton.submodule_search_locations or () if triton else ():
+        for library in Path(folder, "_C").glob("libtriton*.so"):
+            with contextlib.suppress(OSError):
+                ctypes.CDLL(str(library))
 
 
 def _keep_errors(record: logging.LogRecord) -> bool:

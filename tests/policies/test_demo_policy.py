@@ -1,0 +1,47 @@
+"""The committed policy: a real one, trained by ``make demo``, that loads and still lifts the cube."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from vilma.policies import PointMapPolicy, load_policy
+
+FOLDER = Path(__file__).resolve().parents[1] / "data" / "demo_policy"
+needs_simulator = pytest.mark.skipif(
+    importlib.util.find_spec("robosuite") is None, reason="needs the extra robot"
+)
+
+
+def test_it_loads_and_is_small():
+    policy = load_policy(FOLDER)
+    assert isinstance(policy, PointMapPolicy)
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) <= 8e6
+    assert all(torch.isfinite(p).all() for p in policy.parameters())
+
+
+def play(policy, env, seed: int) -> bool:
+    observation, _ = env.reset(seed=seed)
+    policy.reset()
+    policy.seed_rows([0], [seed])
+    while True:
+        batch = {k: [v] if isinstance(v, str) else v[None] for k, v in observation.items()}
+        action = policy.select_action(batch)[0].numpy()
+        env.render_cameras = policy.needs_observation(1)[0]
+        observation, _, terminated, truncated, info = env.step(action)
+        if terminated or truncated:
+            return info["success"]
+
+
+@needs_simulator
+def test_it_lifts_the_cube():
+    """Two seeds that its evaluation did not use; scene and noise are fixed, so chance plays no part."""
+    import vilma.envs
+
+    env = vilma.envs.make("robosuite/Lift", size=84, seed=0, placement=0.12)
+    try:
+        policy = load_policy(FOLDER)
+        assert [play(policy, env, seed) for seed in (7, 8)] == [True, True]
+    finally:
+        env.close()
