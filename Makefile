@@ -22,14 +22,14 @@ setup: $(READY)
 
 $(READY): requirements.lock pyproject.toml | system
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 13) else "vilma needs Python 3.11 or 3.12, got %d.%d: run make PYTHON=python3.11" % v)'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
 	@touch $@
 
 system:
-	@sh .ci/system_libraries.sh
+	@sh .ci/system_libraries.sh $(PYTHON)
 
 # Every step is resumable: a second `make demo` reuses what is finished. TRAIN takes overrides of the recipe.
 demo: setup

@@ -242,6 +242,11 @@ class RobomimicDataset(torch.utils.data.Dataset):
             found[key] = {name: array.tolist() for name, array in arrays.items()} | {"count": len(values)}
         return found
 
+    def locate(self, index: int) -> str:
+        """Where sample ``index`` lies, in words: file, episode and frame."""
+        episode = self.episodes[int(self._episode[index])]
+        return f"{episode}, frame {int(self._row[index]) - episode.start}"
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handles": {}}  # a spawned worker opens its own
 
@@ -282,7 +287,7 @@ class RobomimicDataset(torch.utils.data.Dataset):
                     problem = self._problem(data[name], hints)
                     small = None if problem else self._read_small(data[name])
                     task = _language(data[name]) or default
-                except (OSError, KeyError, ValueError, RuntimeError) as error:
+                except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
                     reraise_unless_damaged(error)
                     problem = f"cannot be read ({error})"
                 if problem:
@@ -308,13 +313,20 @@ class RobomimicDataset(torch.utils.data.Dataset):
                     f"{path} has {name} {found!r}, wanted {wanted!r}: mixing them fails silently"
                 )
             self._facts[name] = found
-        env_args = json.loads(data.attrs.get("env_args", "{}"))
-        frequency = data.attrs.get("control_freq", env_args.get("env_kwargs", {}).get("control_freq"))
+        try:
+            kwargs = _mapping(data, "env_args").get("env_kwargs", {})
+        except ValueError as error:
+            raise ValueError(f"{path}, /data: {error}; repair that attribute, or delete it") from error
+        kwargs = kwargs if isinstance(kwargs, dict) else {}
+        frequency = data.attrs.get("control_freq", kwargs.get("control_freq"))
         self._facts.setdefault("control_freq", None if frequency is None else float(frequency))
 
     def _problem(self, demo: Any, hints: list[str]) -> str | None:
         """Why an episode must be left out, or None."""
         wanted = (*self.config.state_keys, *self._pixel_keys.values(), *self._small_keys.values())
+        problem = length_problem(demo, ())
+        if problem:
+            return problem
         there = set(demo["obs"]) if "obs" in demo else set()
         missing = [name for name in wanted if name not in there]
         problem = length_problem(demo, [name for name in wanted if name in there])
@@ -354,15 +366,22 @@ class RobomimicDataset(torch.utils.data.Dataset):
                 raise ValueError(f"{episode}: {key} has {value.shape[1:]} values a row, others have {there}")
         arrays = {f"obs/{name}": demo[f"obs/{name}"] for name in self._pixel_keys.values()}
         arrays |= {f"obs/{name}": small[key] for key, name in self._small_keys.items()}
-        for camera in self.config.cameras:
-            check_camera(str(episode), camera, arrays)
         for name in self._pixel_keys.values():
             pixels = arrays[f"obs/{name}"]
             image = name.endswith("_image")
             channels = ((3,),) if image else ((1,), ())
-            if pixels.shape[3:] not in channels or (image and pixels.dtype != np.uint8):
+            fits = len(pixels.shape) > 2 and pixels.shape[3:] in channels
+            if not fits or (image and pixels.dtype != np.uint8):
                 wanted = "uint8 (T, H, W, 3)" if image else "(T, H, W, 1)"
                 raise ValueError(f"{episode}: {name} is {pixels.dtype} {pixels.shape}, wanted {wanted}")
+        for key, name in self._small_keys.items():
+            wanted = (3, 3) if name.endswith("_intrinsic") else (4, 4)
+            if small[key].shape[1:] != wanted:
+                raise ValueError(f"{episode}: {name} is {small[key].shape[1:]} a row, wanted {wanted}")
+        for camera in self.config.cameras:
+            check_camera(str(episode), camera, arrays)
+        for name in self._pixel_keys.values():
+            pixels = arrays[f"obs/{name}"]
             if self._shapes.setdefault(name, pixels.shape[1:3]) != pixels.shape[1:3]:
                 raise ValueError(
                     f"{episode}: {name} is {pixels.shape[1:3]}, in other episodes {self._shapes[name]}; "
@@ -476,8 +495,19 @@ def _natural(name: str | Path) -> tuple[str, int, str]:
 
 def _language(demo: Any) -> str:
     """The instruction of an episode: in RoboCasa's ``ep_meta``, or an attribute ``task``; else empty."""
-    meta = json.loads(demo.attrs.get("ep_meta", "{}"))
-    return meta.get("lang") or from_attribute(demo.attrs.get("task", ""))
+    return _mapping(demo, "ep_meta").get("lang") or from_attribute(demo.attrs.get("task", ""))
+
+
+def _mapping(group: Any, name: str) -> dict[str, Any]:
+    """The JSON mapping in an attribute of an HDF5 group, empty where there is none; else ValueError."""
+    text = from_attribute(group.attrs.get(name, "{}"))
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"the attribute {name} is {str(text)[:60]!r}, wanted a JSON mapping")
+    return found
 
 
 def _available_memory() -> int | None:

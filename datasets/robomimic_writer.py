@@ -329,6 +329,10 @@ def _list_parts(folder: Path) -> list[tuple[int, Path]]:
 
 def length_problem(demo: Any, observations: Iterable[str] | None = None) -> str | None:
     """What is wrong with the lengths of an episode on disk, or None; by default of all its observations."""
+    if not hasattr(demo, "keys"):
+        return "it is a data set, wanted a group"
+    if "obs" in demo and not hasattr(demo["obs"], "keys"):
+        return "its obs is a data set, wanted a group with one data set for each observation"
     if "num_samples" not in demo.attrs:
         return "it has no num_samples (half-written)"
     if "actions" not in demo:
@@ -338,7 +342,9 @@ def length_problem(demo: Any, observations: Iterable[str] | None = None) -> str 
         return f"num_samples is {length}"
     names = demo["obs"] if observations is None and "obs" in demo else observations or ()
     for name in ("actions", *(f"obs/{name}" for name in names)):
-        shape = getattr(demo[name], "shape", (length,))
+        shape = getattr(demo[name], "shape", None)
+        if shape is None:
+            return f"{name} is a group or empty, wanted an array"
         if shape[:1] != (length,):
             return f"{name} has shape {shape}, but num_samples is {length}"
     return None

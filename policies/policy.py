@@ -21,6 +21,15 @@ from vilma import config as configs
 
 WEIGHTS, CONFIG, STATISTICS = "model.safetensors", "config.yaml", "stats.json"
 
+# The axes of an observation without time, by the start of its key.
+_AXES = {
+    "observation.images.": ("B", "3", "H", "W"),
+    "observation.depth.": ("B", "H", "W"),
+    "observation.intrinsics.": ("B", "3", "3"),
+    "observation.pose.": ("B", "4", "4"),
+    "observation.state": ("B", "S"),
+}
+
 # Policy type (the `type` of its config) -> where its class is.
 _POLICIES = {"pointmap": ("pointmap_policy", "PointMapPolicy")}
 
@@ -236,6 +245,8 @@ class Policy(nn.Module):
             absent += [] if "task" in obs else ["task"]
             raise ValueError(f"the observation lacks {', '.join(absent)}; it has {', '.join(sorted(obs))}")
         taken = {key: obs[key] for key in self.observation_keys}
+        for key, value in taken.items():
+            _check_batched(key, np.shape(value))
         counts = {key: len(value) for key, value in taken.items()}
         task = obs["task"]
         if not isinstance(task, str):
@@ -349,6 +360,16 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _check_batched(key: str, shape: tuple[int, ...]) -> None:
+    """ValueError, with the way out, for the observation of one environment by itself."""
+    wanted = next((axes for start, axes in _AXES.items() if key.startswith(start)), None)
+    if wanted is not None and len(shape) == len(wanted) - 1:
+        raise ValueError(
+            f"{key} has shape {tuple(shape)}, wanted ({', '.join(wanted)}): for a single environment add a "
+            "leading batch axis, obs = {k: v if k == 'task' else v[None] for k, v in obs.items()}"
+        )
 
 
 def _copy_row(value: Any, index: int) -> Any:

@@ -56,6 +56,8 @@ def test_override_leaves_its_input_alone():
         ({"optim": {"learning": 3}}, r"unknown field 'learning' in Optim; it has: lr, betas"),
         ({"optim": {"lr": "fast"}}, r"optim.lr.*'fast'"),
         ({"optim": {"lr": -1}}, r"lr is -1.0, wanted more than 0"),
+        ({"optim": 5}, r"^optim is 5, but 'optim' is a section; its fields are: lr, betas"),
+        ({"optim": None}, r"^optim is None, but 'optim' is a section"),
         ({"optim": {"betas": "front"}}, r"optim.betas is the text 'front', wanted a list"),
     ],
 )
@@ -74,6 +76,27 @@ def test_missing_file_names_a_close_one(tmp_path):
     (tmp_path / "demo.yaml").write_text("steps: 1")
     with pytest.raises(config.ConfigError, match=r"close: .*demo\.yaml"):
         config.find(tmp_path / "dmo.yaml")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["configs/policies/demo_lit.yaml", "demo_lit.yaml", "configs/demo_lift.yaml"]
+)
+def test_missing_shipped_files_have_close_ones_anywhere(tmp_path, monkeypatch, wrong):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(config.ConfigError, match=r"close: configs/policies/demo_lift\.yaml") as caught:
+        config.find(wrong)
+    assert config.find(str(caught.value).split("close: ")[1].split(",")[0]).is_file()
+
+
+def test_a_section_that_may_be_absent():
+    @dataclass(frozen=True)
+    class Outer:
+        optim: Optim | None = None
+        runs: list[Optim] = field(default_factory=list)
+
+    assert config.decode(Outer, {"optim": None, "runs": []}) == Outer()
+    with pytest.raises(config.ConfigError, match="'optim' is a section"):
+        config.decode(Outer, {"optim": 3})
 
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -36,7 +36,7 @@ if __name__ == "__main__":
     race = sys.modules["race"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(race)
     race.evaluate(
-        functools.partial(race.Race, step_s=0.05), race.Runner(), episodes=7, seed=100, workers=2,
+        functools.partial(race.Race, step_s=0.2), race.Runner(), episodes=7, seed=100, workers=2,
         result_path=sys.argv[2], description={"env": "race"},
     )
 """
@@ -86,7 +86,7 @@ class Race(gymnasium.Env):
         elif how == "raise":
             raise ZeroDivisionError(f"no luck with seed {self.seed}")
         elif how == "hang":
-            time.sleep(60)
+            time.sleep(600)
         elif how and not Path(how).exists():
             Path(how).touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -219,7 +219,6 @@ def test_episodes_that_always_crash_are_named_and_count_as_failures(tmp_path):
 
 
 def test_a_hanging_simulator_is_ended_and_named(tmp_path):
-    began = time.perf_counter()
     result = evaluate(
         lambda: Race({(101, 1): "hang"}),
         Runner(),
@@ -227,12 +226,11 @@ def test_a_hanging_simulator_is_ended_and_named(tmp_path):
         seed=100,
         workers=2,
         result_path=tmp_path / "hang.json",
-        timeout_s=1.0,
+        timeout_s=5,
     )
-    assert time.perf_counter() - began < 30
     assert [e["outcome"] == "timeout" for e in result["episodes"]] == [False, True, False]
     assert result["summary"]["timeouts"] == 2
-    assert result["incidents"][0]["error"] == "no answer within 1 s while stepping"
+    assert result["incidents"][0]["error"] == "no answer within 5 s while stepping"
 
 
 def test_an_environment_that_cannot_be_built_says_so_at_once(tmp_path):
@@ -244,6 +242,43 @@ def test_an_environment_that_cannot_be_built_says_so_at_once(tmp_path):
     with pytest.raises(EvaluationError, match=r"ZeroDivisionError: division by zero\nTraceback"):
         evaluate(lambda: 1 / 0, Runner(), episodes=3, seed=0, result_path=tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
+
+
+def building_fails(folder, times, crash):
+    """Makes a simulator; its second and following ``times`` builds fail."""
+
+    def build():
+        number = len(list(folder.glob("built-*")))
+        (folder / f"built-{number}").touch()
+        if 1 <= number <= times:
+            raise OSError(f"no memory for simulator {number}")
+        return Race(crash)
+
+    return build
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_simulator_that_does_not_come_back_is_an_incident(tmp_path, times):
+    undisturbed = essence(race(tmp_path, name="calm.json", workers=1))
+    result = evaluate(
+        building_fails(tmp_path, times, {(102, 2): str(tmp_path / "once")}),
+        Runner(),
+        episodes=7,
+        seed=100,
+        result_path=tmp_path / "race.json",
+    )
+    first, *rebuilds = result["incidents"]
+    assert "SIGKILL" in first["error"] and first["attempt"] == 1 and "rebuilding" not in first
+    assert [i["error"] for i in rebuilds] == [
+        f"OSError: no memory for simulator {n + 1}" for n in range(times)
+    ]
+    assert [(i["seed"], i["attempt"], i["rebuilding"]) for i in rebuilds] == [
+        (102, n + 1, True) for n in range(times)
+    ]
+    assert result["summary"]["lost"] == times - 1 and len(result["episodes"]) == 7
+    lost = {102} if times == 2 else set()
+    assert [e["seed"] for e in result["episodes"] if e["outcome"] == "crashed"] == sorted(lost)
+    assert [e for e in essence(result) if e[1] not in lost] == [e for e in undisturbed if e[1] not in lost]
 
 
 def test_finished_episodes_are_reused_and_more_are_added(tmp_path):
@@ -277,8 +312,8 @@ def test_a_killed_evaluation_goes_on_with_the_missing_episodes(tmp_path):
     path = tmp_path / "race.json"
     process = subprocess.Popen([sys.executable, str(script), __file__, str(path)])
     try:
-        deadline = time.time() + 60
-        while time.time() < deadline and not (path.exists() and len(read_result(path)["episodes"]) >= 2):
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not (path.exists() and len(read_result(path)["episodes"]) >= 2):
             time.sleep(0.01)
     finally:
         process.kill()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import functools
 import hashlib
 import re
@@ -24,13 +25,8 @@ DEFAULT_SIZE = 84
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options, rest = _parser().parse_known_args(arguments)
-    env_options = config.override({}, rest)
-    if set(env_options) - {"env"}:
-        unknown = ", ".join(f"--{name}" for name in env_options if name != "env")
-        raise ValueError(
-            f"unknown option {unknown}; options of the environment look like --env.placement 0.12"
-        )
-    env_options = dict(env_options.get("env", {}))
+    check_options(options, rest)
+    env_options = dict(config.override({}, rest).get("env", {}))
     if options.placement is not None:
         env_options["placement"] = options.placement
 
@@ -38,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     blank = tuple(options.blank.split(",")) if options.blank else ()
     checkpoint, run_dir, label = find_policy(options.run, options.checkpoint)
 
+    began = time.perf_counter()
     import torch
 
     from vilma.policies import load_policy
@@ -67,34 +64,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "blank": list(blank),
         "versions": _versions("vilma", task.suite, "mujoco"),
     }
-    result_path = options.out or run_dir / "eval" / result_name(task.name, label, options, env_options)
+    results = Path("eval") if run_dir is None else run_dir / "eval"
+    result_path = options.out or results / result_name(task.name, label, options, env_options)
     make_env = functools.partial(
         envs.make, task.name, cameras=tuple(cameras), size=size, seed=options.seed, **env_options
     )
-    began = time.perf_counter()
-    with _Progress(task.name) as progress:
-        result = evaluate(
-            make_env,
-            BlankedPolicy(policy, blank) if blank else policy,
-            episodes=options.episodes,
-            seed=options.seed,
-            workers=options.workers,
-            result_path=result_path,
-            description=description,
-            video=Video(tuple(range(options.videos)), fps=task.control_freq) if options.videos else None,
-            timeout_s=options.timeout,
-            overwrite=options.overwrite,
-            on_progress=progress.show,
-        )
-    if progress.played and options.out is None:
-        command = shlex.join(["vilma", "eval", *arguments])
-        record_time(run_dir, f"evaluate {result_path.stem}", time.perf_counter() - began, command)
+    progress = _Progress(task.name)
+    try:
+        with progress:
+            result = evaluate(
+                make_env,
+                BlankedPolicy(policy, blank) if blank else policy,
+                episodes=options.episodes,
+                seed=options.seed,
+                workers=options.workers,
+                result_path=result_path,
+                description=description,
+                video=Video(tuple(range(options.videos)), fps=task.control_freq) if options.videos else None,
+                timeout_s=options.timeout,
+                overwrite=options.overwrite,
+                on_progress=progress.show,
+            )
+    finally:  # also when interrupted: the next start goes on, and their times add up
+        if progress.played and run_dir is not None and options.out is None:
+            command = shlex.join(["vilma", "eval", *arguments])
+            record_time(run_dir, f"evaluate {result_path.stem}", time.perf_counter() - began, command)
     _tell(result, task.name, result_path, reused=not progress.played)
     return 0
 
 
-def find_policy(run: str, checkpoint: str) -> tuple[Path, Path, str]:
-    """The folder with the weights, the directory whose ``eval/`` gets the result, the checkpoint's name."""
+def check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Raise ValueError for numbers out of range, and for unknown options, naming close ones."""
+    for name, least in (("episodes", 1), ("workers", 1), ("threads", 1), ("videos", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} is {getattr(options, name)}, wanted at least {least}")
+    if not 0 < options.timeout < float("inf"):
+        raise ValueError(f"--timeout is {options.timeout:g}, wanted a number of seconds above 0")
+    known = [f"--{name}" for name in vars(options) if name not in ("task", "run")]
+    for word in rest:
+        option = word.partition("=")[0]
+        if option.startswith("--") and not option.startswith("--env."):
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+            raise ValueError(
+                f"unknown option {option}; {hint} Options of the environment look like --env.placement 0.12"
+            )
+
+
+def find_policy(run: str, checkpoint: str) -> tuple[Path, Path | None, str]:
+    """The folder with the weights, its run directory (none for a lone policy), the checkpoint's name."""
     path = Path(run)
     if not path.exists() and re.fullmatch(r"[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", run):
         raise ValueError(
@@ -106,7 +124,7 @@ def find_policy(run: str, checkpoint: str) -> tuple[Path, Path, str]:
     if (path / "model.safetensors").is_file():
         if path.absolute().parent.name == "checkpoints":
             return path, path.absolute().parent.parent, path.name
-        return path, path, "last"
+        return path, path if (path / "checkpoints").is_dir() else None, "last"
     if (path / "checkpoints").is_dir():
         found = ", ".join(sorted(p.name for p in (path / "checkpoints").iterdir() if p.is_dir())) or "none"
         raise FileNotFoundError(f"{path} has no checkpoint {checkpoint!r} (it has: {found}); train it first")
@@ -136,9 +154,9 @@ def image_size(expected: Mapping[str, Sequence[int]], asked: int | None) -> int:
     return asked or DEFAULT_SIZE
 
 
-def run_state_keys(run_dir: Path) -> list[str] | None:
+def run_state_keys(run_dir: Path | None) -> list[str] | None:
     """What ``observation.state`` was made of in training, where the run tells."""
-    if not (run_dir / "config.yaml").is_file():
+    if run_dir is None or not (run_dir / "config.yaml").is_file():
         return None
     keys = (config.read(run_dir / "config.yaml").get("data") or {}).get("state_keys")
     return list(keys) if keys else None
@@ -171,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("task", metavar="SUITE/TASK", help="for example robosuite/Lift")
-    parser.add_argument("run", metavar="RUN", help="a run directory or one of its checkpoints")
+    parser.add_argument("run", metavar="RUN", help="a run directory, one of its checkpoints or a lone policy")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=SEED, help="episode i starts from seed + i")
     parser.add_argument("--workers", type=int, default=2, help="simulator processes")
@@ -185,7 +203,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one step of a simulator")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/eval/<suite>_<task>....json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: RUN/eval/<suite>_<task>....json; for a lone policy in ./eval/",
+    )
     parser.add_argument("--overwrite", action="store_true", help="begin the result file again")
     return parser
 

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import vilma
 from vilma import config
 from vilma.report import write_report
@@ -31,28 +33,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw_point_map(run_dir: Path, values: Mapping[str, Any]) -> None:
-    """``pictures/point_map.png`` from the run's data, as its policy crops it, unless it is there."""
+    """``pictures/point_map.png`` from the run's data, cut as its policy cuts it.
+
+    Left alone when it is newer than the data and the config, or when the data are not there.
+    """
     picture = run_dir / "pictures" / "point_map.png"
-    path = _data_path(values)
-    if picture.exists() or path is None or not run_dir.is_dir():
+    path, policy = _data_path(values), values.get("policy") or {}
+    if path is None or not run_dir.is_dir() or policy.get("modality") == "rgb":
         return
+    sources = (path, run_dir / "config.yaml")
+    newest = max(source.stat().st_mtime_ns for source in sources if source.exists())
+    if picture.exists() and picture.stat().st_mtime_ns >= newest:
+        return
+    picture.unlink(missing_ok=True)  # it would show something else
     from vilma.pointmap import Camera, PointMap
     from vilma.pointmap.view import figure
     from vilma.tools.view_pointmap import read_frame
 
-    policy = values.get("policy") or {}
     maps, images, depths = {}, {}, {}
     try:
         # A little into the episode the gripper stands over the object, in view of both cameras.
         frame = read_frame(str(path), "demo_0", 12, policy.get("cameras"))
         for name, (image, depth, intrinsic, extrinsic) in frame.items():
-            camera = Camera(intrinsic, extrinsic, depth.shape)
-            points = PointMap.from_depth(
-                depth,
-                camera,
-                tuple(policy.get("depth_range") or (0.01, 5.0)),
-                frame=policy.get("reference_frame") or "world",
-            )
+            frame_name = policy.get("reference_frame") or "world"
+            pose = np.eye(4, dtype=np.float32) if frame_name == "camera" else extrinsic
+            camera = Camera(intrinsic, pose, depth.shape)
+            if name in (policy.get("crops") or {}):
+                top, left, height, width = policy["crops"][name]
+                camera = camera.crop(top, left, height, width)
+                image, depth = (a[top : top + height, left : left + width] for a in (image, depth))
+            points = PointMap.from_depth(depth, camera, policy.get("depth_range"), frame=frame_name)
             maps[name] = points.crop(policy["workspace"]) if policy.get("workspace") else points
             images[name], depths[name] = image, depth
         figure(images, depths, maps, picture, "RGB, depth and the point map that the policy sees")

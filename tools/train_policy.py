@@ -1,19 +1,24 @@
 """Train a policy on demonstrations: point maps and images to actions, with exact resume."""
 
 import argparse
+import contextlib
 import math
 import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vilma import config
-from vilma.datasets.robomimic import RobomimicConfig, RobomimicDataset, collate
+from vilma.datasets.robomimic import RobomimicConfig, RobomimicDataset, collate, file_attributes
 from vilma.envs import find_task, tasks
+from vilma.pointmap import depth_problems
 from vilma.policies import PointMapPolicyConfig, Policy
 from vilma.report import record_time
 from vilma.training import (
@@ -30,6 +35,9 @@ __all__ = ["RunConfig", "main"]
 
 # A data set may be moved; what it holds is checked against the run's statistics.
 MAY_CHANGE = ("data.path", "data.cache")
+
+# Frames over the data set whose depth is looked at before a training begins.
+DEPTH_FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = find_trained(run_dir, run.train.steps, run, MAY_CHANGE)
     if done is not None:
         print(f"{run_dir} is already trained to step {done.step}")
-        _tell_next(run_dir, None)
+        _tell_next(run_dir, _instruction(run_dir, run.data))
         return 0
 
     dataset = _load(run.data)
@@ -66,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     policy.check_compatible(facts, name=_shown(run.data.path))
     check_sizes(run, facts)
     check_statistics(run_dir, statistics)
+    check_depth(dataset, policy.observation_keys, run.policy.depth_range)
     policy.set_statistics(statistics)
     main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
@@ -74,6 +83,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"{run.policy.type} policy, {count / 1e6:.2f} M parameters; {run.train.steps} steps in {run_dir}"
         )
+
+    updates: list[int] = []
+
+    def keep_time() -> None:
+        command = shlex.join(["vilma", "train-policy", *arguments])
+        record_time(run_dir, "train", time.perf_counter() - began, command)
+
     trainer = Trainer(
         run.train,
         policy,
@@ -83,13 +99,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         schedule=run.schedule,
         ema=run.ema,
         collate=collate,
+        on_step=lambda step, values: updates.append(step) if not updates else None,
         describe=run,
         may_change=MAY_CHANGE,
     )
-    trained = trainer.fit()
+    try:
+        trained = trainer.fit()
+    except BaseException:
+        if main_process and updates:  # it trained: the time counts, whatever ended it
+            with contextlib.suppress(OSError):  # a full disk must not hide why it ended
+                keep_time()
+        raise
     if main_process:
-        command = shlex.join(["vilma", "train-policy", *arguments])
-        record_time(run_dir, "train", time.perf_counter() - began, command)
+        keep_time()
         print(f"trained to step {trained.step} in {trained.seconds:.0f} s: {trained.checkpoint}")
         _tell_next(run_dir, facts["task"])
     return 0
@@ -140,6 +162,48 @@ def check_statistics(run_dir: Path, statistics: Mapping[str, Any]) -> None:
             )
 
 
+def check_depth(
+    dataset: RobomimicDataset,
+    keys: Sequence[str],
+    depth_range: Sequence[float] | None = None,
+    frames: int = DEPTH_FRAMES,
+) -> None:
+    """Look at the depth of a few frames over the data set, for the depth keys among ``keys``.
+
+    Warns where it looks wrong, naming file, episode and camera. Raises ValueError when a camera has no valid
+    reading (finite, positive, inside ``depth_range``) in any of the frames: the policy would be blind.
+    """
+    count = min(frames, len(dataset))
+    chosen = [round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)]
+    near, far = depth_range or (0.0, math.inf)
+    batch = dataset.__getitems__(chosen)
+    for key in keys:
+        if not key.startswith("observation.depth."):
+            continue
+        camera, pictures = key.rpartition(".")[2], batch[key][:, -1]
+        found = {
+            index: problems for index, depth in zip(chosen, pictures) if (problems := depth_problems(depth))
+        }
+        first = dataset.locate(chosen[0])
+        if found:
+            index, problems = next(iter(found.items()))
+            first = dataset.locate(index)
+        told = f"; {'; '.join(problems)}" if found else ""
+        if not bool((torch.isfinite(pictures) & (pictures > near) & (pictures < far)).any()):
+            limits = f" within policy.depth_range {tuple(depth_range)}" if depth_range else ""
+            raise ValueError(
+                f"the depth of camera {camera} has no valid reading{limits} in any of {count} frames over "
+                f"the data set, from {first}{told}. Depth is metres along the optical axis: repair the "
+                "data, or train on images alone (policy.modality rgb)"
+            )
+        if found:
+            warnings.warn(
+                f"the depth of camera {camera} looks wrong in {len(found)} of {count} frames looked at, "
+                f"first in {first}{told}",
+                stacklevel=2,
+            )
+
+
 def _close(a: Sequence[float], b: Sequence[float]) -> bool:
     return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-9) for x, y in zip(a, b))
 
@@ -159,9 +223,26 @@ def _shown(path: str | Sequence[str]) -> str:
     return path if isinstance(path, str) else ", ".join(path)
 
 
-def _tell_next(run_dir: Path, instruction: str | None) -> None:
+def _instruction(run_dir: Path, data: RobomimicConfig) -> str:
+    """What a finished run was trained to do, from the attributes of its data where they are still there."""
+    paths = [data.path] if isinstance(data.path, str) else list(data.path)
+    with contextlib.suppress(config.ConfigError, KeyError, TypeError):
+        before = config.read(run_dir / "config.yaml")["data"]["path"]  # the data may have moved since
+        paths += [before] if isinstance(before, str) else list(before)
+    for path in paths:
+        if Path(path).is_file():
+            with contextlib.suppress(OSError, ImportError):
+                task = (file_attributes(path) or {}).get("task")
+                if task:
+                    return task
+    return data.task
+
+
+def _tell_next(run_dir: Path, instruction: str) -> None:
     names = [name for name in tasks() if find_task(name).instruction == instruction]
     print(f"next: vilma eval {names[0] if names else 'SUITE/TASK'} {shlex.quote(str(run_dir))} --episodes 50")
+    if not names:
+        print(f"      SUITE/TASK is one of: {', '.join(tasks())}")
 
 
 def _parser() -> argparse.ArgumentParser:

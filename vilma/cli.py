@@ -32,15 +32,35 @@ def main(arguments: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"commands: {', '.join(sorted(found))}"
         print(f"vilma: unknown command {name!r}; {hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"vilma.tools.{found[name].stem}")
     try:
-        return module.main(rest) or 0
-    except (ValueError, OSError, ImportError) as error:
-        print(f"vilma {name}: {error}", file=sys.stderr)
+        return importlib.import_module(f"vilma.tools.{found[name].stem}").main(rest) or 0
+    except Exception as error:
+        message = _message(error)
+        if message is None:
+            raise
+        print(f"vilma {name}: {message}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"vilma {name}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _message(error: Exception) -> str | None:
+    """What an error says to the user; None for one that only a traceback explains.
+
+    Told are errors of what was given (values, files, packages), memory that ran out, and the classes that
+    vilma itself defines.
+    """
+    text = str(error)
+    # torch has classes and texts of its own for a device or an allocator without memory.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in text)
+    ):
+        return f"out of memory: {text}" if text else "out of memory; take a smaller batch, or less data"
+    own = type(error).__module__.split(".")[0] == "vilma"
+    return text if own or isinstance(error, (ValueError, OSError, ImportError)) else None
 
 
 def _one_line(file: Path) -> str:

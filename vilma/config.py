@@ -6,6 +6,7 @@ dataclass that stands beside the code it configures; dotted overrides come from 
 
 import dataclasses
 import difflib
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +34,13 @@ def find(path: str | Path) -> Path:
         shipped = Path(root) / path
         if not path.is_absolute() and shipped.is_file():
             return shipped
-    folder = path.parent if path.parent.is_dir() else None
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()]) if folder else []
-    hint = f"; close: {', '.join(str(folder / n) for n in near)}" if near else ""
+    there = [path.parent / p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    if not path.is_absolute():
+        for root in vilma.__path__:
+            there += [p.relative_to(root) for p in sorted(Path(root, "configs").rglob("*.yaml"))]
+    near = difflib.get_close_matches(path.name, {p.name for p in there})
+    close = dict.fromkeys(str(p) for name in near for p in there if p.name == name)
+    hint = f"; close: {', '.join(close)}" if close else ""
     raise ConfigError(f"no config file {str(path)!r}{hint}")
 
 
@@ -117,9 +122,17 @@ def _copy(node: Any) -> Any:
 
 def _check_fields(cls: type, values: Any, where: str) -> None:
     """Raise for the first field of ``values`` that ``cls`` does not have, naming the closest ones it has."""
-    cls = _dataclass_in(cls)
-    if cls is None or not isinstance(values, dict):
+    annotation, cls = cls, _dataclass_in(cls)
+    if cls is None:
         return
+    if not isinstance(values, dict):
+        others = {*typing.get_args(annotation)} - {cls}
+        if isinstance(values, cls) or others - {type(None)} or (values is None and others):
+            return
+        where = where or cls.__name__
+        names = ", ".join(f.name for f in dataclasses.fields(cls))
+        section = where.rpartition(".")[2]
+        raise ConfigError(f"{where} is {values!r}, but {section!r} is a section; its fields are: {names}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     for key, value in values.items():
@@ -140,7 +153,8 @@ def _dataclass_in(annotation: Any) -> type | None:
     """The dataclass behind an annotation such as ``X`` or ``X | None``."""
     if dataclasses.is_dataclass(annotation):
         return annotation
-    for part in typing.get_args(annotation):
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for part in typing.get_args(annotation) if is_union else ():
         if part is not type(None) and dataclasses.is_dataclass(part):
             return part
     return None

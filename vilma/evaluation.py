@@ -171,7 +171,11 @@ def evaluate(
 
     The file is written after every episode, so an interrupted evaluation goes on with the missing ones and a
     finished one is only read. Simulators that crash or do not answer are ended and named in the result's
-    incidents; their episode is run once more, and the second time it is recorded as lost, a failure.
+    incidents; their episode is run once more, and the second time it is recorded as lost, a failure. Likewise
+    when a simulator that replaces a lost one does not start; the first ones must.
+
+    Simulators run in processes that a fork server starts and that import the calling script: a script must
+    call this below ``if __name__ == "__main__":``.
 
     Args:
         make_env: builds one simulator; called in worker processes, so it must be picklable.
@@ -257,9 +261,15 @@ class Record:
         self.result["planned"] = max(episodes, self.result["planned"])
         self._tell()
 
-    def add_incident(self, episode: int, seed: int, failure: "SimulatorFailure") -> int:
-        """How often this episode has been lost, this time included."""
-        attempt = 1 + sum(i["episode"] == episode for i in self.result["incidents"])
+    def add_incident(
+        self, episode: int, seed: int, failure: "SimulatorFailure", rebuilding: bool = False
+    ) -> int:
+        """How often this episode has been lost, this time included.
+
+        When no simulator came up for it (``rebuilding``) it was not played; that is counted separately.
+        """
+        before = (i for i in self.result["incidents"] if i["episode"] == episode)
+        attempt = 1 + sum(i.get("rebuilding", False) == rebuilding for i in before)
         incident = {
             "episode": episode,
             "seed": seed,
@@ -267,6 +277,8 @@ class Record:
             "kind": failure.kind,
             "error": str(failure),
         }
+        if rebuilding:
+            incident["rebuilding"] = True
         if failure.details:
             incident["traceback"] = failure.details
         self.result["incidents"].append(incident)

@@ -9,20 +9,23 @@ import base64
 import json
 import math
 import os
+import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_timings", "record_time", "write_report"]
+__all__ = ["read_timings", "record_time", "source_commit", "write_report"]
 
 MAX_FILM_BYTES = 40_000_000
 CURVES = (("loss", "Loss"), ("lr", "Learning rate"), ("grad_norm", "Gradient norm"))
 
 
 def record_time(run_dir: str | Path, phase: str, seconds: float, command: str | None = None) -> None:
-    """Add seconds to a phase in ``timings.json``; an interrupted phase adds up over its runs.
+    """Add seconds to a phase in ``timings.json``; a phase that is recorded again adds up.
+
+    Kept beside them: when the phase ended and the commit that ran it. Time lost to a SIGKILL is in neither.
 
     Args:
         phase: for example "collect", "train" or "evaluate robosuite_Lift"; pages list them in this order.
@@ -33,10 +36,32 @@ def record_time(run_dir: str | Path, phase: str, seconds: float, command: str | 
     entry = timings.setdefault(phase, {"seconds": 0.0, "runs": 0})
     entry["seconds"] = round(entry["seconds"] + seconds, 3)
     entry["runs"] += 1
+    entry["ended"] = round(time.time(), 1)
+    entry["commit"] = source_commit()
     if command:
         entry["command"] = command
     run_dir.mkdir(parents=True, exist_ok=True)
     _write_whole(run_dir / "timings.json", json.dumps(timings, indent=1) + "\n")
+
+
+def source_commit() -> str:
+    """The commit of the running checkout, " with changes" behind it if it has any; else what is known."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(
+            command, cwd=root, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return "not a checkout"
+        return git("rev-parse", "--short=12", "HEAD") + (
+            " with changes" if git("status", "--porcelain") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def read_timings(run_dir: str | Path) -> dict[str, dict[str, Any]]:

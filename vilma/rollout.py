@@ -6,7 +6,7 @@ number of rows, A the size of an action.
 
 import collections
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -22,10 +22,11 @@ ATTEMPTS = 2
 
 
 class Row:
-    """One simulator and the episode that it plays."""
+    """One simulator and the episode that it plays. It ``is_built`` now, or ``has_worked`` at some time."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env]):
         self.simulator = Simulator(make_env)
+        self.is_built = self.has_worked = False
         self.episode: int | None = None
         self.observation: dict[str, Any] | None = None
 
@@ -36,6 +37,18 @@ class Row:
     def begin(self, episode: int) -> None:
         self.episode, self.steps, self.total, self.success = episode, 0, 0.0, False
         self.frames: list[np.ndarray] = []
+        self.began = time.perf_counter()
+
+    def start(self) -> None:
+        """Start the simulator in the background, unless it runs."""
+        if not self.simulator.is_running:
+            self.is_built = False
+            self.simulator.start()
+
+    def ready(self, timeout_s: float) -> None:
+        """Wait until the simulator is built."""
+        self.simulator.ready(timeout_s)
+        self.is_built = self.has_worked = True
         self.began = time.perf_counter()
 
 
@@ -75,24 +88,16 @@ class Rollout:
     def _begin_episodes(self) -> None:
         """Give the free rows their next episodes. All simulators start before any is waited for."""
         free = [i for i, row in enumerate(self.rows) if not row.is_busy][: len(self.waiting)]
-        try:
-            for i in free:
-                if not self.rows[i].simulator.is_running:
-                    self.rows[i].simulator.start()
-            for i in free:
-                self.rows[i].simulator.ready(self.build_timeout_s)
-        except SimulatorFailure as failure:
-            # These two are written for the user; anything else needs its traceback.
-            is_plain = str(failure).startswith(("ImportError", "ValueError"))
-            details = "" if is_plain else f"\n{failure.details}".rstrip()
-            raise EvaluationError(f"the environment cannot be built: {failure}{details}") from failure
         for i in free:
             self.rows[i].begin(self.waiting.popleft())
+            self._attempt(i, self.rows[i].start)
+        for i in self._busy(free):
+            self._attempt(i, self.rows[i].ready, self.build_timeout_s)
+        for i in self._busy(free):
             self._attempt(i, self.rows[i].simulator.reset_async, self.seed + self.rows[i].episode)
-        for i in free:
-            if self.rows[i].is_busy:
-                self.rows[i].observation = self._attempt(i, self.rows[i].simulator.reset_wait, self.timeout_s)
-        begun = [i for i in free if self.rows[i].is_busy]
+        for i in self._busy(free):
+            self.rows[i].observation = self._attempt(i, self.rows[i].simulator.reset_wait, self.timeout_s)
+        begun = self._busy(free)
         if begun:
             self.policy.reset(begun)
             if hasattr(self.policy, "seed_rows"):
@@ -100,9 +105,12 @@ class Rollout:
         for i in begun:
             self._film(self.rows[i])
 
+    def _busy(self, rows: Iterable[int]) -> list[int]:
+        return [i for i in rows if self.rows[i].is_busy]
+
     def _step(self) -> None:
         """One action in every row that has an episode."""
-        busy = [i for i, row in enumerate(self.rows) if row.is_busy]
+        busy = self._busy(range(len(self.rows)))
         # Rows without an episode repeat an observation, so that the policy's batch keeps its rows.
         last = [row.observation or self.rows[busy[0]].observation for row in self.rows]
         space = self.rows[busy[0]].simulator.action_space
@@ -125,12 +133,18 @@ class Rollout:
                 self._finish(row, "success" if row.success else "failure")
 
     def _attempt(self, i: int, do: Callable, *args: Any) -> Any:
-        """``do(*args)``; None when the simulator is lost, which frees the row."""
+        """``do(*args)``; None when the simulator is lost, which frees the row.
+
+        A row's first simulator must come up; for one that replaces it, not to is an incident like others.
+        """
+        row = self.rows[i]
         try:
             return do(*args)
         except SimulatorFailure as failure:
-            row = self.rows[i]
-            if self.record.add_incident(row.episode, self.seed + row.episode, failure) < ATTEMPTS:
+            if not row.has_worked:
+                raise _cannot_be_built(failure) from failure
+            rebuilding = not row.is_built
+            if self.record.add_incident(row.episode, self.seed + row.episode, failure, rebuilding) < ATTEMPTS:
                 self.waiting.appendleft(row.episode)
                 row.episode = None
             else:
@@ -163,6 +177,13 @@ class Rollout:
                 f"no camera {camera!r} to film; the environment has: {', '.join(cameras) or 'none'}"
             )
         row.frames.append(np.array(row.observation[prefix + camera]).transpose(1, 2, 0))
+
+
+def _cannot_be_built(failure: SimulatorFailure) -> EvaluationError:
+    # These two are written for the user; anything else needs its traceback.
+    is_plain = str(failure).startswith(("ImportError", "ValueError"))
+    details = "" if is_plain else f"\n{failure.details}".rstrip()
+    return EvaluationError(f"the environment cannot be built: {failure}{details}")
 
 
 def _stack(observations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

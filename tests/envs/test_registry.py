@@ -50,6 +50,47 @@ def test_unknown_names_are_answered_with_close_ones(name, hint):
         find_task(name)
 
 
+@needs_gymnasium
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"plcement": 1}, "unknown option 'plcement' of robosuite/Lift; did you mean 'placement'"),
+        ({"qqqq": 1}, "unknown option 'qqqq' .*it takes: placement, state_keys, render_cameras, model_seed"),
+        ({"task": "Lift"}, "unknown option 'task'"),
+        ({"cameras": "agentview"}, r"cameras='agentview', wanted a list of names, e.g. \['agentview'\]"),
+        ({"cameras": 3}, "cameras=3, wanted a list of names"),
+        ({"state_keys": "robot0_eef_pos"}, "state_keys='robot0_eef_pos', wanted a list"),
+        ({"placement": "wide"}, "placement='wide', wanted a number"),
+        ({"placement": True}, "placement=True, wanted a number"),
+        ({"placement": [0.1]}, r"placement=\[0.1\], wanted a number"),
+        ({"placement": "5e-1"}, r"placement 0.5, wanted a half width in \(0, 0.3\]"),
+        ({"placement": float("nan")}, "placement=nan, wanted a number"),
+        ({"size": 84.5}, "size=84.5, wanted a whole number"),
+        ({"size": "0"}, "size of 0, wanted at least 1"),
+        ({"seed": "x"}, "seed='x', wanted a whole number"),
+        ({"render_cameras": "no"}, "render_cameras='no', wanted true or false"),
+    ],
+)
+def test_wrong_options_are_named_before_any_simulator(monkeypatch, options, message):
+    monkeypatch.setitem(sys.modules, "robosuite", None)
+    with pytest.raises(ValueError, match=message):
+        make("robosuite/Lift", **options)
+
+
+@needs_robosuite
+@pytest.mark.parametrize("ending", ["", "; env.close()"])
+def test_numbers_come_as_text_and_the_end_of_the_interpreter_prints_nothing(ending):
+    # Kept by older modules, both outlive what the environment's own module imported.
+    code = (
+        "import os, sys; from vilma.envs import make, robosuite; "
+        "env = make('robosuite/Lift', placement='1e-1', size='32'); env.reset();"
+        "print(env.simulator.placement_initializer.x_range, env.size); os.kept, sys.kept = env, robosuite"
+    )
+    result = run(code + ending)
+    assert result.stdout.strip() == "[-0.1, 0.1] 32" and result.returncode == 0, result.stderr
+    assert "Exception ignored" not in result.stderr, result.stderr
+
+
 def test_import_pulls_no_simulator_and_no_torch():
     heavy = ("torch", "mujoco", "robosuite", "gymnasium")
     result = run(f"import sys, vilma.envs; print([m for m in {heavy} if m in sys.modules])")

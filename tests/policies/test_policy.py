@@ -162,6 +162,35 @@ def test_actions_and_inputs_are_checked():
         policy.seed_rows([True, True], [1])
 
 
+def test_an_observation_without_a_batch_axis_says_what_to_do():
+    class PicturePolicy(CounterPolicy):
+        observation_keys = tuple(
+            f"observation.{part}.front" for part in ("images", "depth", "intrinsics", "pose")
+        ) + ("observation.state",)
+
+        def predict_chunk(self, obs, generators=None):
+            return torch.zeros(len(obs["task"]), self.config.horizon, 2)
+
+    policy = PicturePolicy(CounterConfig())
+    shapes = ((3, 8, 8), (8, 8), (3, 3), (4, 4), (5,))
+    alone = {key: np.zeros(shape, np.float32) for key, shape in zip(policy.observation_keys, shapes)} | {
+        "task": "go"
+    }  # as an environment returns it
+    with pytest.raises(
+        ValueError, match=r"images.front has shape \(3, 8, 8\), .*leading batch axis"
+    ) as caught:
+        policy.select_action(alone)
+    way = str(caught.value).partition("obs = ")[2]
+    assert policy.select_action(eval(way, {"obs": alone})).shape == (1, 2)
+    for key in policy.observation_keys:
+        one = {k: v if k == "task" or k == key else v[None] for k, v in alone.items()}
+        with pytest.raises(ValueError, match=f"{key} has shape .*add a leading batch axis"):
+            policy.select_action(one)
+        tensors = {k: v if k == "task" else torch.as_tensor(v) for k, v in one.items()}
+        with pytest.raises(ValueError, match=f"{key} has shape .*add a leading batch axis"):
+            policy.select_action(tensors)
+
+
 def test_save_and_load(tmp_path):
     policy = CounterPolicy(CounterConfig(), {"action": {"mean": [1.0]}})
     policy.save_pretrained(tmp_path / "a")

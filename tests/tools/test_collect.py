@@ -144,15 +144,17 @@ def test_errors_survive_the_way_between_processes():
 def test_killed_and_run_again_it_finishes_what_is_missing(tmp_path, collected):
     path = tmp_path / "lift.hdf5"
     parts = robomimic.parts_folder(path)
-    with command(path, "--demos", "6", "--workers", "2", stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 200
-        while len(list(parts.glob("demo_*.hdf5"))) < 2:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGKILL)
+    options = {"stdout": subprocess.DEVNULL, "start_new_session": True}
+    with command(path, "--demos", "6", "--workers", "2", **options) as process:
+        try:
+            deadline = time.monotonic() + 200
+            while len(list(parts.glob("demo_*.hdf5"))) < 2:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers too, which would go on for an episode
     assert not path.exists()
     finished = {part.name: part.stat().st_mtime_ns for part in parts.glob("demo_*.hdf5")}
-    time.sleep(3.0)  # its workers notice that they are alone once they have finished an episode
     reports = []
     summary = collect(dataclasses.replace(SMALL, demos=6), path, 2, lambda s: reports.append(s.recorded))
     assert summary.reused >= len(finished) >= 2 and summary.recorded == 6 - summary.reused

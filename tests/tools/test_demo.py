@@ -12,6 +12,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,7 @@ PHASE_LIMIT = 400.0
 
 if shutil.which("make") is None or not (ROOT / ".venv" / "bin" / "vilma").exists():
     pytest.skip("needs make and an environment made by it", allow_module_level=True)
+h5py = pytest.importorskip("h5py")
 
 
 def start(run: Path, log: Path) -> subprocess.Popen:
@@ -50,6 +52,11 @@ def stamps(*paths: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
+def actions(path: Path, demo: str) -> np.ndarray:
+    with h5py.File(path) as file:
+        return file[f"data/{demo}/actions"][:]
+
+
 @pytest.mark.long
 def test_killed_in_each_phase(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log.txt"
@@ -58,13 +65,15 @@ def test_killed_in_each_phase(tmp_path):
 
     # Collecting: one episode is whole; it survives as it is.
     kill_when(run, log, lambda: len(list(parts.glob("demo_*.hdf5"))) >= 1)
-    first = stamps(*sorted(parts.glob("demo_*.hdf5"))[:1])
+    part = min(parts.glob("demo_*.hdf5"))
+    first = part.stem, actions(part, part.stem)
     assert not demos.exists()
 
     # Training: a checkpoint is there.
     kill_when(run, log, lambda: (run / "checkpoints" / "last").exists())
     assert "from an earlier run" in log.read_text(), "the finished episode was collected again"
-    assert not next(iter(first)).exists(), "parts belong into the file"
+    assert not part.exists(), "parts belong into the file"
+    assert np.array_equal(actions(demos, first[0]), first[1])
     collected = stamps(demos)
 
     # Evaluating: one of the two episodes is written down.

@@ -1,10 +1,12 @@
 """vilma train-policy on a tiny file: from command line to checkpoint, its resume, and its clear errors."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from vilma import config
-from vilma.datasets.robomimic import EpisodeWriter
+from vilma.datasets.robomimic import EpisodeWriter, RobomimicConfig, RobomimicDataset
 from vilma.policies import load_policy
-from vilma.tools.train_policy import RunConfig, main
+from vilma.report import read_timings
+from vilma.tools.train_policy import RunConfig, check_depth, main
+from vilma.training import Trainer
 
 CONFIG = "configs/smoke/lift_smoke.yaml"
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -39,7 +43,7 @@ def write_demos(path: Path, episodes: int = 3, seed: int = 0, frame: str = "worl
             }
             for camera in CAMERAS:
                 obs[f"{camera}_image"] = rng.integers(0, 256, (length, SIDE, SIDE, 3), dtype=np.uint8)
-                obs[f"{camera}_depth"] = rng.uniform(0.9, 1.0, (length, SIDE, SIDE)).astype(np.float32)
+                obs[f"{camera}_depth"] = rng.uniform(0.8, 1.0, (length, SIDE, SIDE)).astype(np.float32)
                 obs[f"{camera}_intrinsic"], obs[f"{camera}_extrinsic"] = focal, pose
             writer.write(actions=rng.uniform(-1, 1, (length, 7)), obs=obs)
     return path
@@ -83,7 +87,7 @@ def test_a_finished_run_is_left_alone_without_reading_data(finished, capsys):
     modified = weights.stat().st_mtime_ns
     assert train("/absent/demos.hdf5", finished, "--train.tensorboard", "false") == 0
     said = capsys.readouterr().out
-    assert "already trained to step 20" in said and "vilma eval" in said
+    assert "already trained to step 20" in said and "next: vilma eval robosuite/Lift" in said
     assert weights.stat().st_mtime_ns == modified
 
 
@@ -110,6 +114,7 @@ def test_the_seed_decides_the_weights(demos, finished, tmp_path, capsys):
         (("--data.cameras", "[agentview]"), "policy.cameras names robot0_eye_in_hand"),
         (("--train.stepps", "3"), "did you mean 'steps'"),
         (("--optim.lr", "fast"), "optim.lr"),
+        (("--data", "5"), r"data is 5, but 'data' is a section; its fields are: path, cameras"),
     ],
 )
 def test_what_does_not_fit_is_named_before_anything_is_written(demos, tmp_path, overrides, message):
@@ -126,8 +131,6 @@ def test_missing_files_are_named(demos, tmp_path):
 
 
 def test_changed_demonstrations_are_refused(demos, finished, tmp_path):
-    import shutil
-
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir, symlinks=True)
     text = (run_dir / "config.yaml").read_text()
@@ -136,6 +139,84 @@ def test_changed_demonstrations_are_refused(demos, finished, tmp_path):
     with pytest.raises(ValueError, match="the data changed since"):
         train(other, run_dir, "--train.steps", "30")
     assert train(demos, run_dir, "--train.steps", "30") == 0
+
+
+def with_depth(demos: Path, path: Path, change) -> Path:
+    """A copy of the demonstrations whose agentview has the depth ``change(depth, number of the episode)``."""
+    h5py = pytest.importorskip("h5py")
+    shutil.copy(demos, path)
+    with h5py.File(path, "r+") as file:
+        for number in range(len(file["data"])):
+            stored = file[f"data/demo_{number}/obs/agentview_depth"]
+            stored[...] = change(stored[...], number)
+    return path
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, -1.0])
+def test_a_camera_without_any_reading_is_refused(demos, tmp_path, value):
+    blind = with_depth(demos, tmp_path / "blind.hdf5", lambda depth, number: np.full_like(depth, value))
+    message = (
+        r"depth of camera agentview has no valid reading in any of 16 frames.*blind\.hdf5:demo_0, frame 0"
+    )
+    with pytest.raises(ValueError, match=message):
+        train(blind, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_camera_out_of_the_depth_range_is_refused(demos, tmp_path):
+    far = with_depth(demos, tmp_path / "far.hdf5", lambda depth, number: depth * 1000)
+    message = r"no valid reading within policy.depth_range \(0.01, 5.0\) .*looks like millimetres"
+    with pytest.raises(ValueError, match=message):
+        train(far, tmp_path / "run", "--policy.depth_range", "[0.01, 5.0]")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda depth, number: depth * (1000 if number == 1 else 1), "looks like millimetres"),
+        (lambda depth, number: depth * (number != 1), "no pixel has a reading"),
+        (lambda depth, number: depth * (-1 if number == 1 else 1), "no pixel has a reading"),
+    ],
+)
+def test_depth_that_looks_wrong_is_named(demos, tmp_path, change, reason):
+    wrong = with_depth(demos, tmp_path / "wrong.hdf5", change)
+    with pytest.warns(UserWarning, match=rf"camera agentview .*wrong\.hdf5:demo_1, frame \d+; .*{reason}"):
+        assert train(wrong, tmp_path / "run", "--train.steps", "1", "--schedule.warmup", "0") == 0
+
+
+def test_good_depth_is_not_warned_about(demos):
+    data = RobomimicDataset(RobomimicConfig(str(demos)))
+    with warnings.catch_warnings(action="error"):
+        check_depth(data, [f"observation.depth.{camera}" for camera in CAMERAS])
+
+
+def test_the_time_of_interrupted_phases_adds_up(demos, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    fit = Trainer.fit
+
+    def interrupted(trainer):
+        told = trainer.on_step
+
+        def stop(step, values):
+            told(step, values)
+            if step == 7:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        trainer.on_step = stop
+        return fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(demos, run_dir)
+    first = read_timings(run_dir)["train"]
+    assert first["runs"] == 1 and first["seconds"] > 0 and "--run" in first["command"]
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert train(demos, run_dir) == 0
+    both = read_timings(run_dir)["train"]
+    assert both["runs"] == 2 and both["seconds"] > first["seconds"]
+    with pytest.raises(ValueError, match="optim"):  # refused before any update: no time of this run
+        train(demos, run_dir, "--optim.lr", "1", "--train.steps", "30")
+    assert read_timings(run_dir)["train"]["runs"] == 2
 
 
 def test_help(capsys):

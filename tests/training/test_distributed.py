@@ -2,18 +2,22 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
 import pytest
 import torch
 
+# The processes meet at a file: a port that is free when it is chosen may be taken when it is used.
 SCRIPT = """
-import sys
+import os, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
+world = int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    place = {"rank": int(os.environ["RANK"]), "world_size": world}
+    torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[4], **place)
 from toy_run import ToyData, build
 from torch import nn
 from vilma.training import ScheduleConfig
@@ -37,16 +41,14 @@ build(sys.argv[2], model=Plain(), steps=int(sys.argv[3]), accumulate=2, **option
 
 
 def launch(folder, run_dir, steps, world):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting = run_dir.with_name(f"{run_dir.name}-{steps}.meeting")
     processes = []
     for rank in range(world):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
         if world > 1:
-            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, "-c", SCRIPT, str(folder), str(run_dir), str(steps)]
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        command = [sys.executable, "-c", SCRIPT, *map(str, (folder, run_dir, steps, meeting))]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(errors)

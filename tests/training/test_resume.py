@@ -88,19 +88,20 @@ def test_killed_at_every_file_system_step(run_toy, tmp_path, stride):
 
 def test_killed_again_and_again(run_toy, reference, tmp_path):
     run_dir, rng, kills = tmp_path / "run", random.Random(0), 0
-    for _ in range(60):
-        answer = run_toy(run_dir, kill_after=rng.uniform(0.0, 0.25), sleep=0.01)
+    for _ in range(30):
+        answer = run_toy(run_dir, kill_after=rng.uniform(0.0, 0.25), sleep=0.02)
         kills += answer["killed"]
         if not answer["killed"]:
-            assert answer["code"] == 0, answer["output"]
             break
     assert kills >= 3
+    answer = run_toy(run_dir)  # nothing else finishes it where a checkpoint takes longer than the kills leave
+    assert answer["code"] == 0, answer["output"]
     assert_same(run_dir, reference)
 
 
 def test_interrupted_between_checkpoints(run_toy, reference, tmp_path):
     """SIGTERM saves the step it was at, which no regular checkpoint would be."""
-    answer = run_toy(tmp_path / "run", kill_after=0.15, signal=signal.SIGTERM, sleep=0.02)
+    answer = run_toy(tmp_path / "run", kill_after=0.15, signal=signal.SIGTERM, sleep=0.05)
     assert "KeyboardInterrupt" in answer["output"] and "which is saved" in answer["output"]
     answer = run_toy(tmp_path / "run")
     resumed = int(answer["output"].rsplit("RESUMED ", 1)[1])
@@ -154,11 +155,11 @@ def test_nothing_usable_is_an_error_that_loses_nothing(run_toy, finished, tmp_pa
 
 
 def test_full_disk(run_toy, reference, tmp_path):
-    """Files may not grow beyond a few kB: the first checkpoint fails; with room again the run goes on."""
+    """Files may not grow beyond a few kB: the next checkpoint fails; with room again the run goes on."""
     run_dir = tmp_path / "run"
-    run_toy(run_dir, kill_after=0.4, sleep=0.02)
+    assert run_toy(run_dir, kill_at_step=6)["killed"]
     before = sorted(p.name for p in (run_dir / "checkpoints").glob("step-*"))
-    assert before
+    assert before == ["step-00000005"]
     answer = run_toy(run_dir, largest_file=6000)
     assert answer["code"] == 1, answer["output"]
     assert "the disk is full" in answer["output"] and f"last good one is {run_dir}" in answer["output"]

@@ -1,8 +1,9 @@
 """A tiny training that uses every kind of state; as a script, a server that runs it in killable processes.
 
 Each line on standard input is a JSON request, answered by one JSON line; a forked child does the training.
-``kill_after`` SIGKILLs it so many seconds after its first update; ``kill_at_call`` at its n-th file-system
-step (a rename, link, sync or remove), which reaches every moment of writing a checkpoint.
+``kill_after`` SIGKILLs it so many seconds after its first update; ``kill_at_step`` within that update;
+``kill_at_call`` at its n-th file-system step (a rename, link, sync or remove), which reaches every moment of
+writing a checkpoint.
 """
 
 import json
@@ -107,6 +108,8 @@ def child(request: dict, started: int) -> None:
 
     def on_step(step: int, values: dict) -> None:
         os.write(started, b".")
+        if step == request.get("kill_at_step"):
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(request.get("sleep", 0))
 
     trained = build(request["run_dir"], on_step=on_step, **options).fit()

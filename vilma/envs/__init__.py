@@ -5,7 +5,9 @@ unbatched: images (3, H, W) uint8, depth (H, W) float32 in metres, intrinsics (3
 poses (4, 4) float32, state (S,) float32 and the task's instruction. Importing it imports no simulator.
 """
 
+import difflib
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from .tasks import TASKS, Task, find_task
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Task", "find_task", "make", "tasks"]
 
 _SUITES = {"robosuite": "RobosuiteEnv"}
+
+# What `make` gives to a suite's class itself.
+_OWN = ("task", "cameras", "size", "seed")
 
 
 def tasks() -> dict[str, Task]:
@@ -35,10 +40,25 @@ def make(
     ``cameras`` (default: the task's own) are rendered at ``size`` x ``size`` pixels; with ``()`` the state
     alone is observed. ``seed`` is that of the first ``reset``. The suite's module documents its ``options``.
 
-    Raises ValueError for an unknown name or option, ImportError naming the extra when the simulator is not
-    installed and the system packages when there is no OpenGL.
+    Raises ValueError for an unknown name or option (naming close ones) and for a value of the wrong kind,
+    ImportError naming the extra when the simulator is not installed and the system packages when there is no
+    OpenGL.
     """
     task = find_task(name)
     module = importlib.import_module(f"{__name__}.{task.suite}")
-    chosen = task.cameras if cameras is None else tuple(cameras)
-    return getattr(module, _SUITES[task.suite])(task, cameras=chosen, size=size, seed=seed, **options)
+    environment = getattr(module, _SUITES[task.suite])
+    _check_options(task, environment, options)
+    chosen = task.cameras if cameras is None else cameras
+    return environment(task, cameras=chosen, size=size, seed=seed, **options)
+
+
+def _check_options(task: Task, environment: type, options: dict[str, Any]) -> None:
+    """ValueError for an option that the suite's class does not take; the simulator itself is not imported."""
+    known = [name for name in inspect.signature(environment).parameters if name not in _OWN]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known)
+            hint = (
+                f"did you mean {' or '.join(map(repr, near))}?" if near else f"it takes: {', '.join(known)}"
+            )
+            raise ValueError(f"unknown option {option!r} of {task.name}; {hint}")

@@ -59,9 +59,11 @@ class RobosuiteEnv(gymnasium.Env):
         state_keys: the parts of ``observation.state``, in order; by default the end effector's position (3),
             the first, then the second column of its rotation matrix (6), and the gripper's two joints (2).
         render_cameras: when False, ``step`` returns zero images and depth and skips rendering: for the steps
-            at which nobody looks. ``reset`` always renders.
+            at which nobody looks. ``reset`` renders all the same, unless its ``options={"render": False}``.
         model_seed: of what robosuite draws once for a model (the size of Lift's cube). Fixed, so that an
             episode is given by its seed alone.
+
+    Numbers may also come as text (YAML reads ``1e-1`` as such); another kind of value raises ValueError.
 
     ``step`` terminates when success has been held for ``task.hold`` steps and truncates at ``task.horizon``.
 
@@ -83,17 +85,21 @@ class RobosuiteEnv(gymnasium.Env):
         render_cameras: bool = True,
         model_seed: int = 0,
     ) -> None:
+        size, model_seed = _number("size", size, int), _number("model_seed", model_seed, int)
         if size < 1:
             raise ValueError(f"got an image size of {size}, wanted at least 1 pixel")
+        placement = None if placement is None else _number("placement", placement, float)
         if placement is not None and not 0 < placement <= 0.3:
             raise ValueError(f"got placement {placement}, wanted a half width in (0, 0.3] metres")
+        if not isinstance(render_cameras, bool):
+            raise ValueError(f"got render_cameras={render_cameras!r}, wanted true or false")
         self.task = task
-        self.cameras = tuple(cameras)
-        self.size = int(size)
+        self.cameras = _names("cameras", cameras)
+        self.size = size
         self.render_cameras = render_cameras
         self.render_mode = "rgb_array"
-        self.state_keys = tuple(state_keys)
-        self._first_seed: int | None = seed
+        self.state_keys = _names("state_keys", state_keys)
+        self._first_seed: int | None = None if seed is None else _number("seed", seed, int)
         self._context = None
         self._sim_env = None
         self._steps = self._held = 0
@@ -238,8 +244,13 @@ class RobosuiteEnv(gymnasium.Env):
                 context.sim = None
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        if getattr(self, "_sim_env", None) is None:
+            return
+        # Not contextlib: at the interpreter's exit this module's names may be gone already.
+        try:  # noqa: SIM105
             self.close()
+        except Exception:
+            pass
 
     def _advance(self, action: np.ndarray) -> float:
         action = np.asarray(action, np.float64)
@@ -366,6 +377,26 @@ def _checked_frame(
     return np.ascontiguousarray(image.transpose(2, 0, 1)), depth.astype(np.float32)
 
 
+def _number(name: str, value: Any, kind: type) -> Any:
+    """An option as int or float. A text may spell it; a truth value, or a fraction for an int, is refused."""
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, bool) or not (isinstance(value, str) or number == value):
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"got {name}={value!r}, wanted {wanted}")
+    return number
+
+
+def _names(option: str, values: Any) -> tuple[str, ...]:
+    """A tuple of names; a text alone would be taken for its letters."""
+    if isinstance(values, (tuple, list)) and all(isinstance(value, str) for value in values):
+        return tuple(values)
+    example = f", e.g. [{values!r}]" if isinstance(values, str) else ""
+    raise ValueError(f"got {option}={values!r}, wanted a list of names{example}")
+
+
 def controller_config() -> dict[str, Any]:
     """The controller whose actions this environment takes, as robosuite's own configuration."""
     return _load_suite().load_composite_controller_config(controller="BASIC", robot="Panda")
@@ -390,7 +421,7 @@ def _load_suite() -> Any:
 
 
 def _load_triton_first() -> None:
-    """Load triton's compiler before OSMesa, whose LLVM becomes global and would crash a triton imported later.
+    """Load triton's compiler before OSMesa, whose LLVM becomes global and would crash a later triton.
 
     Costs 50 ms; triton itself (and torch) are not imported.
     """

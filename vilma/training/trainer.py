@@ -182,26 +182,30 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if accelerator.is_main_process:
                 stack.enter_context(locked(self.run_dir))
+            # The others look only after the main process has renamed, linked and removed what it has to.
             with accelerator.main_process_first():
                 check_config(self.run_dir, self.description, self.may_change)
-                found = self.checkpoints.newest(read_state)
-            folder, state, damage = found or (None, None, [])
-            done = state["step"] if state else 0
-            display = Display(self.config.steps, done, quiet=not accelerator.is_main_process)
-            for problem in damage:
-                display.say(f"{problem}; set aside, going on from {folder}")
-            if state:
-                self._check_samples(state)
-            if accelerator.is_main_process:
-                self.checkpoints.clean()
-                if state and state["best"]["step"] in self.checkpoints.steps():
-                    self.checkpoints.link("best", state["best"]["step"])
-                self.checkpoints.prune()
-                write_config(self.run_dir, self.description)
+                folder, state, damage = self.checkpoints.newest(read_state) or (None, None, [])
+                done = state["step"] if state else 0
+                display = Display(self.config.steps, done, quiet=not accelerator.is_main_process)
+                for problem in damage:
+                    display.say(f"{problem}; set aside, going on from {folder}")
+                if state:
+                    self._check_samples(state)
+                if accelerator.is_main_process:
+                    self._tidy(state)
             if done >= self.config.steps:
                 display.say(f"{self.run_dir} is already trained to step {done}")
                 return Trained(folder, done, done, state["seconds"])
             return self._train(accelerator, display, state)
+
+    def _tidy(self, state: Mapping[str, Any] | None) -> None:
+        """What a killed process may have left undone in the run directory; one process does this."""
+        self.checkpoints.clean()
+        if state and state["best"]["step"] in self.checkpoints.steps():
+            self.checkpoints.link("best", state["best"]["step"])
+        self.checkpoints.prune()
+        write_config(self.run_dir, self.description)
 
     def _check_samples(self, state: Mapping[str, Any]) -> None:
         if state["samples"] != len(self.dataset):

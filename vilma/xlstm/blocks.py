@@ -1,7 +1,8 @@
 """Residual blocks around the recurrences, and a stack of them.
 
 Every block has ``forward(x, state=None, return_state=False)`` for a sequence x (B, T, D) and
-``step(x_t, state)`` for one step x_t (B, D); both compute the same thing.
+``step(x_t, state)`` for one step x_t (B, D); both compute the same thing. A block that takes ``last=n`` can
+leave out what only earlier outputs than the last n need.
 
 Shapes: B batch, T steps, D model width, H heads, Dk and Dv head sizes.
 """
@@ -64,11 +65,23 @@ class xLSTMLargeBlock(nn.Module):
             module.reset_parameters()
 
     def forward(
-        self, x: Tensor, state: MLSTMState | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        state: MLSTMState | None = None,
+        return_state: bool = False,
+        last: int | None = None,
     ) -> Tensor | tuple[Tensor, MLSTMState]:
-        """x (B, T, D) -> (B, T, D), with the state after the last step when ``return_state``."""
+        """x (B, T, D) -> (B, T, D), with the state after the last step when ``return_state``.
+
+        With ``last=n`` only the last n outputs, (B, n, D): past its mixing the block runs on them alone.
+        Raises ValueError unless 1 <= n <= T.
+        """
         y, state = self.mlstm_layer(self.norm_mlstm(x), state, return_state)
         x = x + y
+        if last is not None:
+            if not 1 <= last <= x.shape[1]:
+                raise ValueError(f"got last={last} for {x.shape[1]} steps, wanted 1 to {x.shape[1]}")
+            x = x[:, -last:]
         x = x + self.ffn(self.norm_ffn(x))
         return (x, state) if return_state else x
 
@@ -91,12 +104,20 @@ class BlockStack(nn.Module):
         self.out_norm = nn.Identity() if norm is None else norm
 
     def forward(
-        self, x: Tensor, state: list | tuple | None = None, return_state: bool = False
+        self,
+        x: Tensor,
+        state: list | tuple | None = None,
+        return_state: bool = False,
+        last: int | None = None,
     ) -> Tensor | tuple[Tensor, list]:
-        """x (B, T, D) -> (B, T, D), with the list of last states when ``return_state``."""
+        """x (B, T, D) -> (B, T, D), with the list of last states when ``return_state``.
+
+        With ``last=n`` only the last n outputs, (B, n, D); the final block must take ``last``.
+        """
         states = self._states(state)
         for j, block in enumerate(self.blocks):
-            x = block(x, states[j], return_state)
+            options = {} if last is None or j < len(self.blocks) - 1 else {"last": last}
+            x = block(x, states[j], return_state, **options)
             if return_state:
                 x, states[j] = x
         x = self.out_norm(x)
