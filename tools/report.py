@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -14,7 +13,7 @@ import numpy as np
 
 import vilma
 from vilma import config
-from vilma.report import write_report
+from vilma.report import source_commit, write_report
 
 PACKAGES = ("torch", "timm", "numpy", "gymnasium", "robosuite", "mujoco", "h5py")
 
@@ -27,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values = _config(options.run)
     with contextlib.suppress(OSError):
         draw_point_map(options.run, values)
-    facts = [*_data_facts(values), ("Commit", _commit()), ("Versions", _versions())]
+    facts = [*_data_facts(values), ("Commit", source_commit()), ("Versions", _versions())]
     print(write_report(options.run, facts, options.headline))
     return 0
 
@@ -96,23 +95,6 @@ def _data_facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     words = (("num_demos", "episodes"), ("total", "frames"))
     counts = [f"{facts[key]:,} {word}" for key, word in words if key in facts]
     return [("Data set", ", ".join([text, *counts]))]
-
-
-def _commit() -> str:
-    root = Path(vilma.__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=root, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return "not a checkout"
-        changes = " with changes" if git("status", "--porcelain") else ""
-        return git("rev-parse", "--short=12", "HEAD") + changes
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def _versions() -> str:

@@ -1,6 +1,7 @@
 """``vilma eval``: what it evaluates, where the result goes, and what it refuses."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -204,3 +205,54 @@ def test_an_untrained_policy_in_the_real_simulator(tmp_path):
     assert [e["return"] for e in one["episodes"]] == pytest.approx(
         [e["return"] for e in result["episodes"]], abs=1e-3
     )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--workers", "0"), "--workers is 0, wanted at least 1"),
+        (("--threads", "0"), "--threads is 0"),
+        (("--videos", "-1"), "--videos is -1, wanted at least 0"),
+        (("--timeout", "0"), "--timeout is 0"),
+        (("--timeout", "nan"), "--timeout is nan"),
+        (("--overwrte",), "unknown option --overwrte; did you mean --overwrite?"),
+        (("--wokers=3",), "did you mean --workers?"),
+    ],
+)
+def test_bad_options_are_named_before_anything_is_loaded(run, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(run.path, *arguments)
+    with pytest.raises(ValueError, match="--episodes is 0"):
+        evaluate(run.path, episodes="0")
+    assert run.loaded == [] and not (run.path / "eval").exists()
+
+
+def test_the_time_of_an_interrupted_evaluation_is_kept(run, monkeypatch):
+    played = []
+
+    def select_action(obs):
+        played.append(1)
+        if len(played) == 5:
+            raise KeyboardInterrupt
+        return Follower.select_action(run.policy, obs)
+
+    monkeypatch.setattr(run.policy, "select_action", select_action, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run.path, "--workers", "1")
+    (first,) = read_timings(run.path).values()
+    assert first["runs"] == 1 and first["seconds"] > 0
+    evaluate(run.path, "--workers", "1")
+    (both,) = read_timings(run.path).values()
+    assert both["runs"] == 2 and both["seconds"] > first["seconds"]
+
+
+def test_a_lone_policy_keeps_its_folder_clean(run, tmp_path, monkeypatch):
+    lone, here = tmp_path / "lone", tmp_path / "here"
+    lone.mkdir()
+    here.mkdir()
+    (lone / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(here)
+    assert evaluate(lone, episodes="1") == 0
+    assert read_result(here / "eval" / "robosuite_Lift.json")["summary"]["episodes"] == 1
+    assert [p.name for p in lone.iterdir()] == ["model.safetensors"]
+    assert not list(here.rglob("timings.json"))

@@ -149,3 +149,16 @@ def test_errors():
     stack = BlockStack([xLSTMLargeBlock(32, 4)])
     with pytest.raises(ValueError, match="got 2 states for 1 blocks"):
         stack(torch.randn(1, 2, 32), [None, None])
+
+
+def test_only_the_last_positions():
+    stack = BlockStack([xLSTMLargeBlock(32, 4), xLSTMLargeBlock(32, 4)])
+    x = torch.randn(2, 7, 32)
+    y, state = stack(x, return_state=True)
+    tail, same = stack(x, return_state=True, last=3)
+    assert torch.equal(tail, y[:, -3:])
+    for left, right in zip(same, state, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    for wrong in (0, -1, 8):
+        with pytest.raises(ValueError):
+            stack(x, last=wrong)
