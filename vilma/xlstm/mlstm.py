@@ -7,12 +7,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
-from .mlstm_chunkwise import mlstm_chunkwise, no_autocast
-from .mlstm_naive import mlstm_recurrent_naive, mlstm_step_naive
+from .mlstm_chunkwise import no_autocast
+from .mlstm_naive import mlstm_recurrent_naive, mlstm_step_naive, sequence_starts
+from .operators import backend_for
 
 GATES = ("exp", "sigmoid")
 BACKENDS = ("auto", "triton", "cpu", "torch", "naive")
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class MLSTMState(NamedTuple):
@@ -25,6 +28,11 @@ class MLSTMState(NamedTuple):
     c: Tensor
     n: Tensor | None
     m: Tensor | None
+
+
+# exported programs that take or return a state can then be saved and loaded
+_register_namedtuple(MLSTMState, serialized_type_name="vilma.xlstm.MLSTMState")
+torch.serialization.add_safe_globals([MLSTMState])
 
 
 def mlstm(
@@ -69,7 +77,8 @@ def mlstm(
             same in both directions: each sequence of the row is run by itself, with ``reverse`` from its own
             end. Forward, ``reset[:, 0]`` drops ``state``; in reverse it has no effect.
         chunk_size: steps of one chunk; chosen by the backend when None. It moves no result beyond rounding.
-        backend: ``auto`` (by device), ``triton``, ``cpu``, ``torch`` or ``naive``.
+        backend: ``triton`` (CUDA, ROCm), ``cpu`` (compiled when it is first used), ``torch`` or ``naive``;
+            ``auto`` picks the first of them that runs here. float64 takes ``torch`` on a CPU in any case.
         eps: added to the normaliser.
 
     Returns:
@@ -87,12 +96,12 @@ def mlstm(
         _check_reset(reset, q)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; pass a positive number of steps or None")
-    chosen = _choose_backend(backend, q.device)
+    _check_backend(backend)
     acc = _accumulation_dtype(q, i, f)
     i, f = i.to(acc), f.to(acc)
     if state is not None:
         state = _check_state(state, q, v, gate, normalize, acc)
-    if chosen == "naive":
+    if backend == "naive":
         given = state or _zero_state(q, v, gate, acc)
         with no_autocast(q):
             h, last = mlstm_recurrent_naive(
@@ -101,9 +110,27 @@ def mlstm(
         h = h.to(q.dtype)
     else:
         given = state or (None, None, None)
-        h, last = mlstm_chunkwise(
-            q, k, v, i, f, given, reset, gate, normalize, reverse, return_state, chunk_size, eps
+        starts = None if reset is None else sequence_starts(reset, reverse)
+        exponential = gate == "exp"
+        save = _needs_grad(q, k, v, i, f, *given)
+        h, c, n, m, *_ = torch.ops.vilma.mlstm(
+            q,
+            k,
+            v,
+            i,
+            f,
+            *given,
+            starts,
+            exponential,
+            normalize,
+            reverse,
+            chunk_size,
+            eps,
+            backend,
+            return_state,
+            save,
         )
+        last = c, n, m if exponential else None
     return (h, MLSTMState(*last)) if return_state else h
 
 
@@ -128,30 +155,36 @@ def mlstm_step(
         gate, normalize, backend, eps: as in `mlstm`.
 
     Returns:
-        h (B, H, Dv) in q's dtype and the next state (new tensors; the given state is not changed).
+        h (B, H, Dv) in q's dtype and the next state (new tensors; the given state is not changed). Where a
+        gradient is needed the step is taken with torch's own operators, whatever the backend.
     """
     normalize = _check_options(gate, normalize)
     _check_step(q, k, v, i, f)
-    _choose_backend(backend, q.device)
+    _check_backend(backend)
     acc = _accumulation_dtype(q, i, f)
-    given = _zero_state(q, v, gate, acc) if state is None else _check_state(state, q, v, gate, normalize, acc)
+    i, f = i.to(acc), f.to(acc)
+    if state is not None:
+        state = _check_state(state, q, v, gate, normalize, acc)
+    given = state or (None, None, None)
+    if backend != "naive" and not _needs_grad(q, k, v, i, f, *given):
+        exponential = gate == "exp"
+        h, c, n, m = torch.ops.vilma.mlstm_step(q, k, v, i, f, *given, exponential, normalize, eps, backend)
+        return h, MLSTMState(c, n, m if exponential else None)
+    if not torch.compiler.is_compiling() and backend != "naive":
+        backend_for(backend, q, v, i)  # raises where one that was forced cannot run
+    given = state or _zero_state(q, v, gate, acc)
     with no_autocast(q):
         h, last = mlstm_step_naive(*(x.to(acc) for x in (q, k, v, i, f)), given, gate, normalize, eps)
     return h.to(q.dtype), MLSTMState(*last)
 
 
-def _choose_backend(backend: str, device: torch.device) -> str:
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _check_backend(backend: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; known backends: {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return "torch"
-    if backend in ("triton", "cpu"):
-        kernels = "Triton" if backend == "triton" else "compiled CPU"
-        raise RuntimeError(
-            f"backend {backend!r} is not available: this version has no {kernels} kernels yet; "
-            f"use backend='auto' or 'torch' (tensors are on {device})"
-        )
-    return backend
 
 
 def _check_options(gate: str, normalize: bool | None) -> bool:
@@ -161,42 +194,47 @@ def _check_options(gate: str, normalize: bool | None) -> bool:
 
 
 def _check_sequence(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None:
-    _check_tensors(q=q, k=k, v=v, i=i, f=f)
+    _check_tensors(q, k, v, i, f)
+    shape = q.shape
     if q.dim() != 4:
-        raise ValueError(f"q has shape {tuple(q.shape)}; pass (B, H, T, Dk)")
-    if 0 in q.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}; every size must be at least 1")
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}; pass q's shape {tuple(q.shape)} (B, H, T, Dk)")
-    if v.dim() != 4 or v.shape[:3] != q.shape[:3] or v.shape[3] == 0:
-        raise ValueError(f"v has shape {tuple(v.shape)}; pass (B, H, T, Dv) = {(*q.shape[:3], 'Dv')}")
-    _check_gates(i, f, tuple(q.shape[:3]), "(B, H, T)")
+        raise ValueError(f"q has shape {tuple(shape)}; pass (B, H, T, Dk)")
+    if 0 in shape:
+        raise ValueError(f"q has shape {tuple(shape)}; every size must be at least 1")
+    if k.shape != shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; pass q's shape {tuple(shape)} (B, H, T, Dk)")
+    if v.dim() != 4 or v.shape[:3] != shape[:3] or v.shape[3] == 0:
+        raise ValueError(f"v has shape {tuple(v.shape)}; pass (B, H, T, Dv) = {(*shape[:3], 'Dv')}")
+    _check_gates(i, f, shape[:3], "(B, H, T)")
 
 
 def _check_step(q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor) -> None:
-    _check_tensors(q=q, k=k, v=v, i=i, f=f)
+    _check_tensors(q, k, v, i, f)
+    shape = q.shape
     if q.dim() != 3:
-        raise ValueError(f"q has shape {tuple(q.shape)}; a step takes (B, H, Dk), a sequence goes to mlstm")
-    if k.shape != q.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)}; pass q's shape {tuple(q.shape)} (B, H, Dk)")
-    if v.dim() != 3 or v.shape[:2] != q.shape[:2]:
-        raise ValueError(f"v has shape {tuple(v.shape)}; pass (B, H, Dv) = {(*q.shape[:2], 'Dv')}")
-    _check_gates(i, f, tuple(q.shape[:2]), "(B, H)")
+        raise ValueError(f"q has shape {tuple(shape)}; a step takes (B, H, Dk), a sequence goes to mlstm")
+    if 0 in shape:
+        raise ValueError(f"q has shape {tuple(shape)}; every size must be at least 1")
+    if k.shape != shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; pass q's shape {tuple(shape)} (B, H, Dk)")
+    if v.dim() != 3 or v.shape[:2] != shape[:2] or v.shape[2] == 0:
+        raise ValueError(f"v has shape {tuple(v.shape)}; pass (B, H, Dv) = {(*shape[:2], 'Dv')}")
+    _check_gates(i, f, shape[:2], "(B, H)")
 
 
 def _check_gates(i: Tensor, f: Tensor, shape: tuple[int, ...], legend: str) -> None:
     for name, x in (("i", i), ("f", f)):
-        if tuple(x.shape) != shape:
-            hint = f"; drop the last axis: {name}.squeeze(-1)" if tuple(x.shape) == (*shape, 1) else ""
-            raise ValueError(f"{name} has shape {tuple(x.shape)}; pass {legend} = {shape}{hint}")
+        if x.shape != shape:
+            got, wanted = tuple(x.shape), tuple(shape)
+            hint = f"; drop the last axis: {name}.squeeze(-1)" if got == (*wanted, 1) else ""
+            raise ValueError(f"{name} has shape {got}; pass {legend} = {wanted}{hint}")
 
 
-def _check_tensors(**tensors: Tensor) -> None:
-    q = tensors["q"]
-    for name, x in tensors.items():
+def _check_tensors(*tensors: Tensor) -> None:
+    q = tensors[0]
+    for name, x in zip("qkvif", tensors):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}; pass a torch.Tensor")
-        if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        if x.dtype not in _DTYPES:
             raise ValueError(
                 f"{name} has dtype {x.dtype}; pass float64, float32, bfloat16 or float16 ({name}.float())"
             )
@@ -204,11 +242,9 @@ def _check_tensors(**tensors: Tensor) -> None:
             raise ValueError(
                 f"{name} is on {x.device} but q is on {q.device}; move all of them to one device"
             )
-    for name in ("k", "v"):
-        if tensors[name].dtype != q.dtype:
-            raise ValueError(
-                f"{name} has dtype {tensors[name].dtype} but q has {q.dtype}; give q, k, v one dtype"
-            )
+    for name, x in zip("kv", tensors[1:3]):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}; give q, k, v one dtype")
 
 
 def _check_reset(reset: Tensor, q: Tensor) -> None:
@@ -230,18 +266,13 @@ def _check_state(
     if not isinstance(state, tuple) or len(state) != 3:
         raise ValueError(f"state is {type(state).__name__}; pass an MLSTMState(c, n, m) or None")
     c, n, m = state
-    batch, heads = q.shape[:2]
-    expected = {
-        "c": (c, (batch, heads, q.shape[-1], v.shape[-1])),
-        "n": (n, (batch, heads, q.shape[-1])),
-        "m": (m, (batch, heads)),
-    }
-    for name, (x, shape) in expected.items():
+    heads, dim_qk, dim_v = q.shape[:2], q.shape[-1], v.shape[-1]
+    for name, x, shape in (("c", c, (*heads, dim_qk, dim_v)), ("n", n, (*heads, dim_qk)), ("m", m, heads)):
         if x is None:
             continue
-        if not isinstance(x, Tensor) or tuple(x.shape) != shape:
+        if not isinstance(x, Tensor) or x.shape != shape:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"state.{name} has shape {got}; pass {shape}")
+            raise ValueError(f"state.{name} has shape {got}; pass {tuple(shape)}")
         if not x.is_floating_point():
             raise ValueError(f"state.{name} has dtype {x.dtype}; pass a floating-point tensor (best {acc})")
         if x.device != q.device:
@@ -251,7 +282,7 @@ def _check_state(
     if n is None:
         if normalize:
             raise ValueError("state.n is None; the normalised form needs it (B, H, Dk)")
-        n = torch.zeros(batch, heads, q.shape[-1], dtype=acc, device=q.device)
+        n = torch.zeros(*heads, dim_qk, dtype=acc, device=q.device)
     if gate == "exp":
         if m is None:
             raise ValueError("state.m is None; gate='exp' needs it (a state of gate='sigmoid' has none)")

@@ -22,6 +22,7 @@ Shapes: B batch, H heads, N = B * H, T steps, L steps of one chunk, Dk and Dv he
 backward: the arguments, the normaliser of each row and the states between chunks, O(T) in all.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -29,20 +30,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .mlstm_naive import State, sequence_starts
+from .mlstm_naive import mlstm_step_naive
 
-WHOLE_SEQUENCE = 256
-DEFAULT_CHUNK = 64
+SAVES_H = False  # whether `backward` reads h
 # exp of either is zero in every dtype; sums of 256 of the former still have exact integer parts in float32
 _MIN_LOG_F, _MIN_LOG_I = -1e4, -1e30
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
+    """What an mLSTM computes, and in which chunks."""
+
     exponential: bool
     normalize: bool
     reverse: bool
-    chunk_size: int
+    chunk_size: int | None
     eps: float
+
+
+class Saved(NamedTuple):
+    """What the backward needs beside the arguments, in the accumulation dtype; None where there is nothing.
+
+    den (B, H, T): the normaliser of each row. c (B, H, N - 1, Dk, Dv), n (B, H, N - 1, Dk), m (B, H, N - 1):
+    the states between the N chunks, in the order in which they are run.
+    """
+
+    den: Tensor | None = None
+    c: Tensor | None = None
+    n: Tensor | None = None
+    m: Tensor | None = None
 
 
 class _Gates(NamedTuple):
@@ -60,96 +75,111 @@ class _Gates(NamedTuple):
     segment: Tensor | None
 
 
-def mlstm_chunkwise(
+def chunk_of(steps: int, dim_qk: int, dim_v: int, chunk_size: int | None) -> int:
+    """Steps of one chunk; unless given the whole sequence where that costs no more than carrying states."""
+    if chunk_size is None:
+        chunk_size = 256 if steps <= 256 else 64 if dim_qk * dim_v <= 128 * 128 else 128
+    return min(chunk_size, steps)
+
+
+def saved_shapes(q: Tensor, v: Tensor, starts: Tensor | None, form: Form) -> tuple[tuple | None, ...]:
+    """Shapes of what `forward` keeps, as `Saved`."""
+    batch, heads, steps, dim_qk = q.shape
+    inner = (batch, heads, (steps - 1) // chunk_of(steps, dim_qk, v.shape[-1], form.chunk_size))
+    den = (batch, heads, steps) if form.normalize else None
+    if inner[2] == 0:
+        return Saved(den)
+    return Saved(den, (*inner, dim_qk, v.shape[-1]), (*inner, dim_qk), inner if form.exponential else None)
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     i: Tensor,
     f: Tensor,
-    state: tuple[Tensor | None, Tensor | None, Tensor | None],
-    reset: Tensor | None,
-    gate: str,
-    normalize: bool,
-    reverse: bool,
+    state: Sequence[Tensor | None],
+    starts: Tensor | None,
+    form: Form,
     return_state: bool,
-    chunk_size: int | None,
-    eps: float,
-) -> tuple[Tensor, State | None]:
-    """h (B, H, T, Dv) and, when asked for, the last state.
+    save: bool,
+) -> tuple[Tensor, tuple, Saved]:
+    """h (B, H, T, Dv) in v's dtype, the last state (c, n, m), and what the backward needs.
 
-    Arguments as `vilma.xlstm.mlstm` has checked them: i, f and the state in the accumulation dtype, q, k, v
-    of any one dtype. A state of three None starts from zero and costs nothing.
+    Args:
+        q, k, v, i, f: as `vilma.xlstm.mlstm` takes them; i and f in the accumulation dtype, as the state.
+        state: c, n, m before the first step; three None start from zero and cost nothing.
+        starts: (B, T) bool, where the state is zeroed before step t, for the direction that is run.
+        return_state: three None are returned as the last state when False.
+        save: nothing is kept for `backward` when False.
     """
-    steps = q.shape[2]
-    if chunk_size is None:
-        chunk_size = steps if steps <= WHOLE_SEQUENCE else DEFAULT_CHUNK
-    form = _Form(gate == "exp", normalize, reverse, min(chunk_size, steps), eps)
-    starts = None if reset is None else sequence_starts(reset, reverse)
-    h, c, n, m = _Chunkwise.apply(q, k, v, i, f, *state, starts, form, return_state)
-    return h, (c, n, m) if return_state else None
+    with no_autocast(q):
+        return _forward(q, k, v, i, f, state, starts, form, return_state, save)
 
 
-class _Chunkwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, i, f, c0, n0, m0, starts, form: _Form, return_state: bool):
-        ctx.set_materialize_grads(False)
-        ctx.form = form
-        with no_autocast(q):
-            h, last, dens, inner, (q, k, v) = _forward(
-                q, k, v, i, f, (c0, n0, m0), starts, form, return_state
-            )
-        ctx.save_for_backward(q, k, v, i, f, c0, n0, m0, starts, *last, *dens, *(x for s in inner for x in s))
-        return h, *last
+def backward(
+    grads: Sequence[Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    i: Tensor,
+    f: Tensor,
+    state: Sequence[Tensor | None],
+    starts: Tensor | None,
+    h: Tensor | None,
+    last: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+    form: Form,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of q, k, v, i, f and of the initial c, n, m (None where that was None).
 
-    @staticmethod
-    def backward(ctx, *grads):
-        create_graph = torch.is_grad_enabled()
-        grads = _Chunkwise.first_derivative(ctx, *grads)
-        if create_graph:
-            grads = _NotTwice.apply(*(None if x is None else x.requires_grad_() for x in grads))
-        return grads
-
-    @staticmethod
-    @torch.no_grad()
-    def first_derivative(ctx, dh, dc, dn, dm):
-        q, k, v, i, f, c0, n0, m0, starts, c, n, m, *rest = ctx.saved_tensors
-        count = len(_spans(q.shape[2], ctx.form))
-        dens = rest[:count] if ctx.form.normalize else [None] * count
-        inner = rest[count:] if ctx.form.normalize else rest
-        states = [_by_row(c0, n0, m0), *(tuple(inner[j : j + 3]) for j in range(0, len(inner), 3))]
-        states.append(_by_row(c, n, m))
-        with no_autocast(q):
-            grads = _backward(q, k, v, i, f, starts, states, dens, dh, _by_row(dc, dn, dm), ctx.form)
-        dc0, dn0, dm0 = (
-            None if x is None or d is None else d.view(x.shape) for d, x in zip(grads[5:], (c0, n0, m0))
-        )
-        return *grads[:5], dc0, dn0, dm0, None, None, None
+    Args:
+        grads: gradients of h, c, n, m; None where there is none.
+        h: what `forward` returned, None where ``SAVES_H`` is False.
+        last: the last state, read only where c or n has a gradient.
+        saved: what `forward` kept, as `Saved`; the other arguments as it took them.
+    """
+    with no_autocast(q):
+        return _backward(grads, q, k, v, i, f, state, starts, last, saved, form)
 
 
-class _NotTwice(torch.autograd.Function):
-    """Hands gradients through and refuses to be differentiated (create_graph=True must not drop a term)."""
+def mlstm_chunkwise(
+    q, k, v, i, f, state, reset, gate, normalize, reverse, return_state, chunk_size, eps
+) -> tuple[Tensor, tuple | None]:
+    """TODO goes when nothing measures against this name: `vilma.xlstm.mlstm` with backend="torch"."""
+    from .mlstm import MLSTMState, mlstm
 
-    @staticmethod
-    def forward(ctx, *grads):
-        ctx.set_materialize_grads(False)
-        return tuple(None if x is None else x.view_as(x) for x in grads)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "this mlstm backend has no second derivative; use backend='naive' where it is needed"
-        )
+    state = None if state[0] is None else MLSTMState(*state)
+    options = {"gate": gate, "normalize": normalize, "reverse": reverse, "reset": reset, "eps": eps}
+    h, last = mlstm(
+        q, k, v, i, f, state, return_state=True, chunk_size=chunk_size, backend="torch", **options
+    )
+    return h, tuple(last) if return_state else None
 
 
-def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
-    """h, last state, normalisers and inner states a chunk (by row), and q, k, v as they are best kept."""
+def step(
+    q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Sequence[Tensor | None], form: Form
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+    """One step: q, k (B, H, Dk), v (B, H, Dv), i, f (B, H) -> h in q's dtype and the next state."""
+    q_, k_, v_ = (x.to(i.dtype) for x in (q, k, v))
+    if state[0] is None:
+        c = i.new_zeros(*q.shape, v.shape[-1])
+        state = c, c[..., 0], torch.zeros_like(i) if form.exponential else None
+    gate = "exp" if form.exponential else "sigmoid"
+    with no_autocast(q):
+        h, last = mlstm_step_naive(q_, k_, v_, i, f, state, gate, form.normalize, form.eps)
+    return h.to(q.dtype), last
+
+
+def _forward(q, k, v, i, f, state, starts, form: Form, return_state: bool, save: bool):
     batch, heads, steps, dim_qk = q.shape
     scale = dim_qk**-0.5
-    h = torch.empty_like(v)
+    h = dense_like(v)
     acc = i.dtype
     log_f, log_i = _log_gates(i, f, form.exponential)
     c, n, m = _by_row(*state)
-    dens, inner = [], []
+    dens, inner = i.new_empty(batch * heads, steps) if save and form.normalize else None, []
+    form = form._replace(chunk_size=chunk_of(steps, dim_qk, v.shape[-1], form.chunk_size))
     spans = _spans(steps, form)
     for index, (lo, hi) in enumerate(spans):
         starts_ = _heads_of(starts, lo, hi, heads)
@@ -164,7 +194,9 @@ def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
             den = p.sum(-1)
             if n is not None:
                 den.addcmul_(gates.start, torch.bmm(q_, n[..., None]).squeeze(-1))
-            dens.append(den.mul_(scale))
+            den *= scale
+            if dens is not None:
+                dens[:, lo:hi] = den
         factor = _factor(den, gates.floor, scale, form)
         by_head = (batch, heads, hi - lo, -1)
         torch.mul(num.view(by_head), factor.view(by_head), out=h[:, :, lo:hi])
@@ -177,38 +209,49 @@ def _forward(q, k, v, i, f, state, starts, form: _Form, return_state: bool):
         last = (c.view(batch, heads, dim_qk, -1), n.view(batch, heads, dim_qk), None)
         if m is not None:
             last = (*last[:2], m.view(batch, heads))
-    if len(spans) == 1 and q.dtype == q_.dtype:
-        # where strides forced a copy, the backward takes the copy and the original can go
-        q, k, v = (x.view(y.shape) for x, y in zip((q_, k_, v_), (q, k, v)))
-    return h, last, dens, inner, (q, k, v)
+    if save:
+        states = (
+            None if x[0] is None else torch.stack(x, 1).unflatten(0, (batch, heads)) for x in zip(*inner)
+        )
+        saved = Saved(None if dens is None else dens.view(batch, heads, steps), *states)
+    else:
+        saved = Saved()
+    return h, last, saved
 
 
-def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
+def _backward(grads, q, k, v, i, f, state, starts, last, saved, form: Form):
     batch, heads, steps, dim_qk = q.shape
     scale = dim_qk**-0.5
     acc = i.dtype
     log_f, log_i = _log_gates(i, f, form.exponential)
+    form = form._replace(chunk_size=chunk_of(steps, dim_qk, v.shape[-1], form.chunk_size))
     spans = _spans(steps, form)
+    dens, *inner = (x if x is None else x.flatten(0, 1) for x in saved)
+    inner = [x if x is None else x.unbind(1) for x in inner]
+    states = [_by_row(*state)]
+    states += [tuple(x if x is None else x[j] for x in inner) for j in range(len(spans) - 1)]
     whole = len(spans) == 1
     dq = dk = dv = None
     if not whole:
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    dlog_f, dlog_i = (torch.empty(batch * heads, steps, dtype=acc, device=q.device) for _ in range(2))
-    dc, dn, mu = (x if x is None else x.to(acc) for x in d_last)
+        dq, dk, dv = (dense_like(x) for x in (q, k, v))
+    dlog_f, dlog_i = (i.new_empty(batch * heads, steps) for _ in range(2))
+    dh = grads[0]
+    dc, dn, mu = (x if x is None else x.to(acc) for x in _by_row(*grads[1:]))
     # mu: the gradient of m beside what the units of C and n carry of it
-    product = _state_product(states[-1], dc, dn)
+    product = _state_product(_by_row(*last), dc, dn)
     if form.exponential and product is not None:
         mu = -product if mu is None else mu - product
 
     for index in range(len(spans) - 1, -1, -1):
         lo, hi = spans[index]
-        last = 0 if form.reverse else hi - lo - 1
+        final = 0 if form.reverse else hi - lo - 1
         c, n, m = states[index]
         starts_ = _heads_of(starts, lo, hi, heads)
         gates = _chunk_gates(log_f[:, lo:hi], log_i[:, lo:hi], m, starts_, acc, form)
         q_, k_, v_ = (_chunk(x, lo, hi, acc) for x in (q, k, v))
 
-        factor = _factor(dens[index], gates.floor, scale, form)
+        den = None if dens is None else dens[:, lo:hi]
+        factor = _factor(den, gates.floor, scale, form)
         if dh is None:
             g = torch.zeros_like(v_)
         else:
@@ -228,7 +271,7 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
             if read is not None:
                 r.addcmul_(gates.start, (q_ * read).sum(-1))
             r *= factor
-            delta = _normaliser_gradient(r, dens[index], gates.floor)
+            delta = _normaliser_gradient(r, den, gates.floor)
             ds += delta[..., None]
             if form.exponential:
                 mu_row = r.mul_(-form.eps / scale)
@@ -253,17 +296,17 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
         if form.exponential:
             if mu is not None:
                 mu_row = torch.zeros_like(dlf) if mu_row is None else mu_row
-                mu_row[:, last] += mu
+                mu_row[:, final] += mu
             if mu_row is not None:
                 to_step, mu_start = _along_max(mu_row, gates)
                 dli += to_step
                 dlf += mu_row - to_step
         if product is not None:
-            dlf[:, last] += product
+            dlf[:, final] += product
         dlog_f[:, lo:hi] = _suffix_sum(dlf, gates, form)
         dlog_i[:, lo:hi] = dli
         if whole:
-            dq, dk, dv = (x.view(y.shape).to(y.dtype) for x, y in zip((dq_, dk_, dv_), (q, k, v)))
+            dq, dk, dv = (dense_like(y).copy_(x.view(y.shape)) for x, y in zip((dq_, dk_, dv_), (q, k, v)))
         else:
             for x, y in zip((dq, dk, dv), (dq_, dk_, dv_)):
                 x[:, :, lo:hi] = y.view(batch, heads, hi - lo, -1)
@@ -279,12 +322,16 @@ def _backward(q, k, v, i, f, starts, states, dens, dh, d_last, form: _Form):
                 dn = dn_ if dn is None else dn + dn_
             product, mu = _state_product(states[index], dc, dn), mu_start
 
-    dm = None
-    if states[0][2] is not None:
-        dm = product if mu is None else product + mu
     df = dlog_f * torch.sigmoid(-f.flatten(0, 1))
     di = dlog_i if form.exponential else dlog_i * torch.sigmoid(-i.flatten(0, 1))
-    return dq, dk, dv, di.view(i.shape), df.view(f.shape), dc, dn, dm
+    d_state = (None, None, None)
+    if state[0] is not None:
+        dm = None
+        if form.exponential:
+            dm = (product if mu is None else product + mu).view(batch, heads)
+        dn = torch.zeros_like(states[0][1]) if dn is None else dn
+        d_state = (dc.view(batch, heads, dim_qk, -1), dn.view(batch, heads, dim_qk), dm)
+    return dq, dk, dv, di.view(i.shape), df.view(f.shape), *d_state
 
 
 def _log_gates(i: Tensor, f: Tensor, exponential: bool) -> tuple[Tensor, Tensor]:
@@ -296,7 +343,7 @@ def _log_gates(i: Tensor, f: Tensor, exponential: bool) -> tuple[Tensor, Tensor]
     return log_f.flatten(0, 1), log_i.flatten(0, 1)
 
 
-def _spans(steps: int, form: _Form) -> list[tuple[int, int]]:
+def _spans(steps: int, form: Form) -> list[tuple[int, int]]:
     """[lo, hi) of each chunk, in the order in which they are run; the chunk that runs last may be shorter."""
     spans = [(lo, min(lo + form.chunk_size, steps)) for lo in range(0, steps, form.chunk_size)]
     return [(steps - hi, steps - lo) for lo, hi in spans] if form.reverse else spans
@@ -317,7 +364,7 @@ def _running(x: Tensor, reverse: bool) -> Tensor:
 
 
 def _chunk_gates(
-    log_f: Tensor, log_i: Tensor, m: Tensor | None, starts: Tensor | None, acc: torch.dtype, form: _Form
+    log_f: Tensor, log_i: Tensor, m: Tensor | None, starts: Tensor | None, acc: torch.dtype, form: Form
 ) -> _Gates:
     reverse, steps = form.reverse, log_f.shape[-1]
     last = 0 if reverse else steps - 1
@@ -357,7 +404,7 @@ def _chunk_gates(
     return _Gates(u, row_max, floor, start, last_m, write, keep, source, same, segment)
 
 
-def _gate_matrix(gates: _Gates, acc: torch.dtype, form: _Form) -> Tensor:
+def _gate_matrix(gates: _Gates, acc: torch.dtype, form: Form) -> Tensor:
     """D (N, L, L), row t and column s; zero where s comes after t or lies in another sequence."""
     u, row_max = gates.u[:, None, :], gates.row_max[:, :, None]
     if u.dtype == acc:
@@ -372,7 +419,7 @@ def _gate_matrix(gates: _Gates, acc: torch.dtype, form: _Form) -> Tensor:
     return d.triu_() if form.reverse else d.tril_()
 
 
-def _factor(den: Tensor | None, floor: Tensor, scale: float, form: _Form) -> Tensor:
+def _factor(den: Tensor | None, floor: Tensor, scale: float, form: Form) -> Tensor:
     """scale over the divisor of h, one a row."""
     return scale / (torch.maximum(den.abs(), floor) + form.eps if form.normalize else floor)
 
@@ -393,7 +440,7 @@ def _along_max(mu: Tensor, gates: _Gates) -> tuple[Tensor, Tensor]:
 
 
 def _next_state(
-    gates: _Gates, k: Tensor, v: Tensor, c: Tensor | None, n: Tensor | None, form: _Form
+    gates: _Gates, k: Tensor, v: Tensor, c: Tensor | None, n: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     key = k * gates.write[..., None]
     c_next, n_next = torch.bmm(key.mT, v), key.sum(1)
@@ -412,7 +459,7 @@ def _state_product(state: tuple, dc: Tensor | None, dn: Tensor | None) -> Tensor
     return with_n if total is None else total + with_n
 
 
-def _suffix_sum(x: Tensor, gates: _Gates, form: _Form) -> Tensor:
+def _suffix_sum(x: Tensor, gates: _Gates, form: Form) -> Tensor:
     """Sum of x over the steps that are not run before t and belong to t's sequence."""
     if gates.same is None:
         return _running(x, not form.reverse)
@@ -422,6 +469,12 @@ def _suffix_sum(x: Tensor, gates: _Gates, form: _Form) -> Tensor:
 def _by_row(c: Tensor | None, n: Tensor | None, m: Tensor | None) -> tuple:
     """A state (B, H, ...) as (N, ...)."""
     return tuple(x if x is None else x.flatten(0, 1) for x in (c, n, m))
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """Uninitialised, in x's order of axes where its last axis is the innermost one, else contiguous."""
+    y = torch.empty_like(x)
+    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def no_autocast(x: Tensor):

@@ -1,0 +1,175 @@
+"""Runs mLSTM Triton kernels against the float64 recurrence: `TRITON_INTERPRET=1 python triton_cases.py`.
+
+Standard input: a JSON list of cases (dictionaries, see `Case`). Standard output, last line: a JSON list with
+one dictionary of RMS ratios a case. TRITON_INTERPRET=1 is Triton's interpreter, which needs no GPU. Takes any
+Python that has torch, triton and, on its path, vilma.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+from vilma.testing import random_mlstm, random_mlstm_state
+from vilma.xlstm import mlstm_triton
+from vilma.xlstm.mlstm_naive import mlstm_recurrent_naive, mlstm_step_naive, sequence_starts
+from vilma.xlstm.mlstm_triton import Tile, Tiles
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    batch: int = 1
+    heads: int = 1
+    steps: int = 5
+    dim_qk: int = 16
+    dim_v: int = 16
+    gate: str = "exp"
+    normalize: bool = True
+    reverse: bool = False
+    state: bool = False
+    last: bool = False
+    reset: bool = False
+    chunk: int | None = None
+    tile: tuple[int, int, int, int] | None = (16, 16, 16, 16)  # bt, bs, bk, bv; None: the table's
+    joint: bool = False
+    dtype: str = "float32"
+    gates: str = "normal"
+    eps: float = 1e-6
+    layout: str = "bhtd"
+    step: bool = False
+
+
+def inputs_of(case: Case) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
+    sizes = (case.batch, case.heads, case.steps, case.dim_qk, case.dim_v)
+    dtype = getattr(torch, case.dtype)
+    given = [x.to(dtype) for x in random_mlstm(*sizes, dtype=torch.float64, device=DEVICE, gates=case.gates)]
+    given[3:] = [x.float() for x in given[3:]]
+    if case.layout == "bthd":
+        given = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    state = [None, None, None]
+    if case.state:
+        state = list(random_mlstm_state(case.batch, case.heads, case.dim_qk, case.dim_v, device=DEVICE))
+        if case.gate != "exp":
+            state[2] = None
+    starts = None
+    if case.reset:
+        generator = torch.Generator().manual_seed(5)
+        reset = (torch.rand(case.batch, case.steps, generator=generator) < 0.15).to(DEVICE)
+        starts = sequence_starts(reset, case.reverse)
+    return given, state, starts
+
+
+def reference(case: Case, given, state, starts, weights):
+    leaves = [x.double().detach().requires_grad_() for x in given]
+    new = {"dtype": torch.float64, "device": DEVICE}
+    zero = (
+        torch.zeros(case.batch, case.heads, case.dim_qk, case.dim_v, **new),
+        torch.zeros(case.batch, case.heads, case.dim_qk, **new),
+        torch.zeros(case.batch, case.heads, **new) if case.gate == "exp" else None,
+    )
+    start = [
+        z if x is None else x.double().detach().requires_grad_() if case.state else z
+        for x, z in zip(state, zero)
+    ]
+    if case.step:
+        h, last = mlstm_step_naive(*(x[:, :, 0] for x in leaves), start, case.gate, case.normalize, case.eps)
+        return [h, *last], []
+    # the recurrence takes a mask of `reset`; `starts` is what it makes of it
+    reset = (
+        starts
+        if starts is None or not case.reverse
+        else torch.cat((starts[:, :1] & False, starts[:, :-1]), 1)
+    )
+    h, last = mlstm_recurrent_naive(*leaves, start, reset, case.gate, case.normalize, case.reverse, case.eps)
+    outputs = [h, *last] if case.last else [h]
+    loss = sum((x * w.double()).sum() for x, w in zip(outputs, weights) if x is not None)
+    wrt = leaves + [x for x in start if x is not None and x.requires_grad]
+    grads = torch.autograd.grad(loss, wrt, allow_unused=True)
+    grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, wrt)]
+    return outputs, grads
+
+
+def ours(case: Case, given, state, starts, weights):
+    options = {"gate": case.gate, "normalize": case.normalize, "eps": case.eps}
+    if case.step:
+        h, last = mlstm_triton.step(*(x[:, :, 0] for x in given), state, **options)
+        return [h, *last], []
+    tile = Tile(*case.tile)
+    tiles = Tiles(
+        case.chunk or case.steps,
+        tile,
+        tile,
+        tile,
+        tile if case.joint else None,
+        tile,
+        tile._replace(bt=tile.bs, bs=tile.bt),
+    )
+    options |= {"reverse": case.reverse, "chunk_size": case.chunk or case.steps, "tiles": tiles}
+    h, last, saved = mlstm_triton.forward(*given, state, starts, return_state=case.last, **options)
+    dlast = weights[1:] if case.last else (None, None, None)
+    grads = mlstm_triton.backward(saved, weights[0].to(h.dtype), dlast, **options)
+    return [h, *last] if case.last else [h], [g for g in grads if g is not None]
+
+
+def run(case: Case) -> dict[str, float]:
+    given, state, starts = inputs_of(case)
+    generator = torch.Generator().manual_seed(7)
+    b, h = case.batch, case.heads
+    shapes = ((b, h, case.steps, case.dim_v), (b, h, case.dim_qk, case.dim_v), (b, h, case.dim_qk), (b, h))
+    weights: list = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    weights[0] = weights[0].to(given[0].dtype)
+    if case.gate != "exp":
+        weights[3] = None
+    expected, expected_grads = reference(case, given, state, starts, weights)
+    outputs, grads = ours(case, given, state, starts, weights)
+    errors = {}
+    for name, x, y in zip("hcnm", outputs, expected):
+        if y is not None:
+            errors[name] = ratio(x, y)
+    names = ["q", "k", "v", "i", "f", "c0", "n0", "m0"]
+    assert len(grads) == len(expected_grads), (len(grads), len(expected_grads))
+    for name, x, y in zip(names, grads, expected_grads):
+        # two that are sums of terms which may cancel: beside the terms
+        scale = None
+        if name == "f":
+            scale = max(rms(y), rms(expected_grads[3]))
+        elif name == "m0":
+            scale = max(rms(y), (state[0].double() * expected_grads[5]).norm().item())
+        errors["d" + name] = ratio(x, y, scale)
+    return errors
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def ratio(x: Tensor, y: Tensor, scale: float | None = None) -> float:
+    assert x.shape == y.shape, (x.shape, y.shape)
+    if not torch.isfinite(x).all():
+        return float("inf")
+    difference = rms(x.double() - y.detach())
+    scale = rms(y.detach()) if scale is None else scale
+    return difference / scale if scale else difference
+
+
+def poison() -> None:
+    """Make memory that was never written visible."""
+    empty, like = torch.empty, torch.empty_like
+
+    def fill(x):
+        return x.fill_(float("nan")) if x.is_floating_point() else x
+
+    torch.empty = lambda *a, **k: fill(empty(*a, **k))
+    torch.empty_like = lambda *a, **k: fill(like(*a, **k))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = [Case(**x) for x in json.load(sys.stdin)]
+    poison()
+    print(json.dumps([run(case) for case in cases]))
