@@ -15,7 +15,7 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean show-house
+.PHONY: setup system demo test test-long lint format lock wheel clean show-house show-mlstm bench test-timm show-vil
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -47,6 +47,10 @@ test: setup
 test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long
 
+# timm's own model tests for every vil* name, from its source distribution; K=vil2_tiny runs those of one.
+test-timm: setup
+	$(BIN)/python tests/vil/timm_suite.py $(if $(K),-k $(K))
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -69,3 +73,13 @@ clean:
 # What was measured, beside its target.
 show-house: setup
 	$(VILMA) show-house
+
+show-mlstm: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-mlstm
+
+show-vil: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-vil
+
+bench: setup
+	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm
+	OMP_NUM_THREADS=1 $(VILMA) bench-vil

@@ -14,17 +14,41 @@ if __name__ != "vilma.pointmap":
     )
 
 if TYPE_CHECKING:
+    from .augment import AugmentConfig, View, augment_view
     from .camera import Camera
-    from .depth import depth_from_zbuffer, depth_problems
+    from .check import GeometryWarning, warn_about_geometry
+    from .conventions import CONVENTIONS, CameraConvention
+    from .depth import depth_from_zbuffer, depth_problems, zbuffer_from_depth
     from .point_map import PointMap
 
-__all__ = ["Camera", "PointMap", "depth_from_zbuffer", "depth_problems"]
+__all__ = [
+    "CONVENTIONS",
+    "AugmentConfig",
+    "Camera",
+    "CameraConvention",
+    "GeometryWarning",
+    "PointMap",
+    "View",
+    "augment_view",
+    "depth_from_zbuffer",
+    "depth_problems",
+    "warn_about_geometry",
+    "zbuffer_from_depth",
+]
 
 _HOME = {
+    "AugmentConfig": "augment",
+    "CONVENTIONS": "conventions",
     "Camera": "camera",
+    "CameraConvention": "conventions",
+    "GeometryWarning": "check",
     "PointMap": "point_map",
+    "View": "augment",
+    "augment_view": "augment",
     "depth_from_zbuffer": "depth",
     "depth_problems": "depth",
+    "warn_about_geometry": "check",
+    "zbuffer_from_depth": "depth",
 }
 
 

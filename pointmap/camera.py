@@ -38,7 +38,7 @@ class Camera:
     check: InitVar[bool] = True
 
     def __post_init__(self, check: bool) -> None:
-        intrinsics, pose = _tensor(self.intrinsics), _tensor(self.pose)
+        intrinsics, pose = as_tensor(self.intrinsics), as_tensor(self.pose)
         dtype = torch.promote_types(intrinsics.dtype, pose.dtype)
         object.__setattr__(self, "intrinsics", intrinsics.to(dtype))
         object.__setattr__(self, "pose", pose.to(dtype))
@@ -60,7 +60,7 @@ class Camera:
             )
         if check:
             _check_intrinsics(self.intrinsics)
-            _check_rigid(self.pose, "pose")
+            check_rigid(self.pose, "pose")
 
     @classmethod
     def from_fov(
@@ -83,7 +83,7 @@ class Camera:
         if principal not in _PRINCIPAL:
             raise ValueError(f"principal must be one of {', '.join(_PRINCIPAL)}, got {principal!r}")
         height, width = size = _image_size(size)
-        pose = _tensor(torch.eye(4, dtype=dtype) if pose is None else pose, dtype)
+        pose = as_tensor(torch.eye(4, dtype=dtype) if pose is None else pose, dtype)
         fovy = torch.as_tensor(fovy, dtype=torch.float64)
         angle = torch.deg2rad(fovy) if degrees else fovy
         if not bool(((angle > 0) & (angle < math.pi)).all()):
@@ -111,7 +111,7 @@ class Camera:
         cam_xpos: (..., 3). cam_xmat: (..., 9) or (..., 3, 3). MuJoCo's camera looks along -z with y up
         (OpenGL axes); the reference frame is MuJoCo's world.
         """
-        rotation, position = _tensor(cam_xmat), _tensor(cam_xpos)
+        rotation, position = as_tensor(cam_xmat), as_tensor(cam_xpos)
         if rotation.shape[-1:] == (9,):
             rotation = rotation.unflatten(-1, (3, 3))
         if rotation.shape[-2:] != (3, 3) or position.shape[-1:] != (3,):
@@ -136,10 +136,10 @@ class Camera:
 
         ``fovy`` is vertical; ``options`` are those of `from_fov` (degrees, pixel_center, dtype).
         """
-        view = _tensor(view_matrix)
+        view = as_tensor(view_matrix)
         if view.shape[-2:] != (4, 4):
             raise ValueError(f"view_matrix must have shape (..., 4, 4), got {tuple(view.shape)}")
-        _check_rigid(
+        check_rigid(
             view, "view_matrix", hint="; a transposed (PyBullet, flat OpenGL) matrix goes to from_pybullet"
         )
         return cls.from_fov(fovy, size, opencv_from_opengl(invert_rigid(view)), principal, **options)
@@ -158,12 +158,12 @@ class Camera:
         The latter is V transposed; CALVIN stores it. ``principal="intdiv"`` is CALVIN's published
         unprojection; "half" has the exact rays.
         """
-        view = _tensor(view_matrix)
+        view = as_tensor(view_matrix)
         if view.shape[-1:] == (16,):
             view = view.unflatten(-1, (4, 4))
         if view.shape[-2:] != (4, 4):
             raise ValueError(f"view_matrix must have shape (..., 16) or (..., 4, 4), got {tuple(view.shape)}")
-        _check_rigid(view.mT, "view_matrix (transposed)", hint="; an untransposed matrix goes to from_opengl")
+        check_rigid(view.mT, "view_matrix (transposed)", hint="; an untransposed matrix goes to from_opengl")
         return cls.from_opengl(view.mT, fovy, size, principal, **options)
 
     @classmethod
@@ -175,7 +175,7 @@ class Camera:
         world_to_camera: (..., 3, 4) or (..., 4, 4). A camera -> reference pose goes to ``Camera(...)``
         itself.
         """
-        extrinsics = _tensor(world_to_camera)
+        extrinsics = as_tensor(world_to_camera)
         if extrinsics.shape[-2:] == (3, 4):
             row = extrinsics.new_tensor([0, 0, 0, 1]).expand(*extrinsics.shape[:-2], 1, 4)
             extrinsics = torch.cat([extrinsics, row], dim=-2)
@@ -183,7 +183,7 @@ class Camera:
             raise ValueError(
                 f"world_to_camera must have shape (..., 3, 4) or (..., 4, 4), got {tuple(extrinsics.shape)}"
             )
-        _check_rigid(extrinsics, "world_to_camera")
+        check_rigid(extrinsics, "world_to_camera")
         return cls(intrinsics, invert_rigid(extrinsics), size, pixel_center)
 
     @property
@@ -258,7 +258,7 @@ class Camera:
         (0, 0) is the centre of the first pixel whatever ``pixel_center`` is. Points at or behind the camera
         plane get NaN.
         """
-        points = _tensor(points)
+        points = as_tensor(points)
         dims = len(self.batch_shape)
         if points.shape[-1:] != (3,) or points.ndim < dims + 1:
             raise ValueError(
@@ -322,10 +322,10 @@ def transform_planes(matrix: Tensor, planes: Tensor, at: int = -3) -> tuple[Tens
 
 def rigid(transform: Values, like: Tensor) -> Tensor:
     """``transform`` as a checked rigid (..., 4, 4) tensor with the dtype and device of ``like``."""
-    transform = _tensor(transform)
+    transform = as_tensor(transform)
     if transform.shape[-2:] != (4, 4):
         raise ValueError(f"a transform must have shape (..., 4, 4), got {tuple(transform.shape)}")
-    _check_rigid(transform, "transform")
+    check_rigid(transform, "transform")
     return transform.to(like)
 
 
@@ -344,7 +344,7 @@ def _unsqueeze(matrix: Tensor, count: int) -> Tensor:
     return matrix.reshape(*matrix.shape[:-2], *([1] * count), *matrix.shape[-2:])
 
 
-def _tensor(values: Values, dtype: torch.dtype | None = None) -> Tensor:
+def as_tensor(values: Values, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(values.copy())  # simulators hand out views of buffers that they overwrite
     elif not isinstance(values, Tensor):
@@ -376,7 +376,8 @@ def _check_intrinsics(intrinsics: Tensor) -> None:
         )
 
 
-def _check_rigid(transform: Tensor, name: str, hint: str = "") -> None:
+def check_rigid(transform: Tensor, name: str, hint: str = "") -> None:
+    """ValueError unless (..., 4, 4) is rigid; ``name`` and ``hint`` go into the message."""
     if not bool(torch.isfinite(transform).all()):
         raise ValueError(f"{name} must be finite, got {_first(transform, ~torch.isfinite(transform))}")
     rotation = transform[..., :3, :3]

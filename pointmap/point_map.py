@@ -8,16 +8,17 @@ from typing import overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .camera import Camera, Values, check_crop, rigid, transform_planes
+from .camera import Camera, Values, as_tensor, check_crop, rigid, transform_planes
 
 
 @dataclass(frozen=True, eq=False)
 class PointMap:
     """points (..., H, W, 3), metres; valid (..., H, W), bool: the pixels that have a reading.
 
-    Invalid points are exactly 0.     ``frame`` names the frame of the points ("world", "base", "camera"),
+    Invalid points are exactly 0. ``frame`` names the frame of the points ("world", "base", "camera"),
     where the maker knows it. `from_depth` lays the memory out as the network reads it, so `to_image` costs no
     copy.
     """
@@ -137,6 +138,39 @@ class PointMap:
             self = replace(self, points=planes.movedim(-3, -1), valid=self.valid.index_select(axis, index))
         return self
 
+    def normalize(self, center: Values, scale: Values) -> "PointMap":
+        """(p - center) / scale of the valid points, holes stay 0; center, scale (3,) or one row a map.
+
+        `unnormalize` undoes it. The result is no longer in metres: crop and re-frame before.
+        """
+        center, scale = self._affine(center, scale)
+        planes = (self._planes() - center) / scale
+        return PointMap(planes.movedim(-3, -1), self.valid, None)._without(~self.valid)
+
+    def unnormalize(self, center: Values, scale: Values, frame: str | None = None) -> "PointMap":
+        """p scale + center of the valid points: `normalize` undone."""
+        center, scale = self._affine(center, scale)
+        planes = self._planes() * scale + center
+        return PointMap(planes.movedim(-3, -1), self.valid, frame)._without(~self.valid)
+
+    def normals(self, max_step: float | None = None) -> tuple[Tensor, Tensor]:
+        """Unit normals (..., H, W, 3) towards the camera, 0 where unknown, and the mask (..., H, W) of known.
+
+        The cross product of the steps to the neighbours in the row and in the column, on each the nearer
+        valid neighbour, so that an edge does not bend the surface beside it. ``max_step`` (metres): steps
+        that are longer do not count. Towards the camera holds for pictures as the camera took them; a
+        mirrored one has the opposite sign.
+        """
+        across, known_across = self._nearer_step(-1, max_step)
+        down, known_down = self._nearer_step(-2, max_step)
+        normal = torch.linalg.cross(down, across, dim=-3)
+        length = torch.linalg.vector_norm(normal, dim=-3, keepdim=True)
+        known = known_across & known_down & (length.squeeze(-3) > 0)
+        normal = (normal / length.clamp_min(torch.finfo(normal.dtype).tiny)).masked_fill(
+            ~known.unsqueeze(-3), 0
+        )
+        return normal.movedim(-3, -1), known
+
     def to_image(self, mask: bool = False) -> Tensor:
         """Network layout (..., 3, H, W), metres; ``mask=True`` appends ``valid`` as a fourth channel."""
         planes = self._planes()
@@ -171,6 +205,32 @@ class PointMap:
     def __getitem__(self, index) -> "PointMap":
         """Index the leading dimensions."""
         return PointMap(self.points[index], self.valid[index], self.frame)
+
+    def _affine(self, center: Values, scale: Values) -> tuple[Tensor, Tensor]:
+        center, scale = (as_tensor(x).to(self.points)[..., None, None] for x in (center, scale))
+        if center.shape[-3] != 3 or scale.shape[-3] != 3 or not bool((scale > 0).all()):
+            raise ValueError(
+                "center and scale must be three numbers each, scale positive; got "
+                f"{center.flatten().tolist()} and {scale.flatten().tolist()}"
+            )
+        return center, scale
+
+    def _nearer_step(self, axis: int, max_step: float | None) -> tuple[Tensor, Tensor]:
+        """Steps (..., 3, H, W) along an image axis to the nearer valid neighbour, and where there is one."""
+        planes, valid = self._planes(), self.valid
+        length = valid.shape[axis]
+        step = planes.diff(dim=axis)
+        size = torch.linalg.vector_norm(step, dim=-3)
+        usable = valid.narrow(axis, 1, length - 1) & valid.narrow(axis, 0, length - 1)
+        if max_step is not None:
+            usable = usable & (size <= max_step)
+        size = size.masked_fill(~usable, torch.inf)
+        # Before the first and after the last pixel there is no step.
+        padding = (0, 0) * (-axis - 1)
+        ahead, behind = (F.pad(size, (*padding, *p), value=torch.inf) for p in ((0, 1), (1, 0)))
+        step_ahead, step_behind = (F.pad(step, (*padding, *p)) for p in ((0, 1), (1, 0)))
+        step = torch.where((ahead <= behind).unsqueeze(-3), step_ahead, step_behind)
+        return step, torch.minimum(ahead, behind) < torch.inf
 
     def _planes(self) -> Tensor:
         return self.points.movedim(-1, -3)

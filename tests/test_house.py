@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "vilma.workers": TRUNK_FREE,
     "vilma.report": TRUNK_FREE,
     "vilma.bench": TRUNK_FREE,
+    "vilma.targets": set(),
     "vilma.config": {"vilma"},
     "vilma.extras": set(),
     "vilma.cli": {"vilma"},

@@ -3,18 +3,14 @@
 import argparse
 import json
 import re
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import vilma
 from vilma import config
 from vilma.report import read_timings
+from vilma.targets import ROOT, Group, Line, show
 
-ROOT = Path(vilma.__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "house"
 POLICY = ROOT / "tests" / "data" / "demo_policy"
 WIDE, DEFAULT = "robosuite_Lift_placement-0.12", "robosuite_Lift"
@@ -34,12 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     for run in options.record or ():
         print(f"recorded {record(run)}")
-    lines = [*demo_lines(), *collection_lines(), policy_line()]
-    if not options.quick:
-        lines += [tests_line(*group) for group in TEST_GROUPS]
-    for name, figure, target, met in lines:
-        print(f"{'met   ' if met else 'MISSED'}  {name}: {figure}   (target: {target})")
-    return 0 if all(met for *_, met in lines) else 1
+    return show(all_lines(options.quick))
+
+
+def all_lines(quick: bool) -> Iterator[Line]:
+    yield from demo_lines()
+    yield from collection_lines()
+    yield policy_line()
+    if not quick:
+        yield from (group.line() for group in TEST_GROUPS)
 
 
 def record(run: Path) -> Path:
@@ -97,15 +96,15 @@ def _collected(path: Path) -> dict[str, int]:
     }
 
 
-def demo_lines() -> list[tuple[str, str, str, bool]]:
+def demo_lines() -> list[Line]:
     """Success and minutes of the recorded demo runs."""
     runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("demo_seed*.json"))]
     if not runs:
-        return [("demo", "no result under docs/results/house", ">= 90 %", False)]
+        return [Line("demo", "no result under docs/results/house", ">= 90 %", False)]
     lines = []
     seconds = [_wall(run["timings"]) for run in runs]
     lines.append(
-        (
+        Line(
             f"minutes of make demo, {len(runs)} seeds",
             ", ".join(f"{s / 60:.1f}" for s in seconds),
             f"<= {MINUTES} each",
@@ -123,7 +122,7 @@ def demo_lines() -> list[tuple[str, str, str, bool]]:
         mean = sum(rates) / max(len(rates), 1)
         counts = ", ".join(f"{s['successes']}/{s['episodes']}" for s in present)
         lines.append(
-            (
+            Line(
                 words,
                 f"mean {100 * mean:.1f} % ({counts})",
                 f">= {100 * target:.0f} %, {len(runs)} seeds" if target else "shown beside it",
@@ -147,7 +146,7 @@ def _summary(run: dict[str, Any], name: str) -> dict[str, Any] | None:
     return result["summary"] if result else None
 
 
-def collection_lines() -> list[tuple[str, str, str, bool]]:
+def collection_lines() -> list[Line]:
     """Demonstrations whose last step is rewarded: robosuite rewards the successful state alone."""
     runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("demo_seed*.json"))]
     lines = []
@@ -157,47 +156,43 @@ def collection_lines() -> list[tuple[str, str, str, bool]]:
         figure = f"{kept['successes']}/{kept['episodes']}, {rate}"
         met = kept["successes"] == kept["episodes"] == 100
         lines.append(
-            (
+            Line(
                 "kept demonstrations that succeed (" + run["timings"]["collect"]["command"] + ")",
                 figure,
                 "100 %",
                 met,
             )
         )
-    return lines or [("kept demonstrations", "no result", "100 %", False)]
+    return lines or [Line("kept demonstrations", "no result", "100 %", False)]
 
 
-def policy_line() -> tuple[str, str, str, bool]:
+def policy_line() -> Line:
     size = sum(f.stat().st_size for f in POLICY.glob("*")) if POLICY.is_dir() else 0
-    return "the committed demo policy", f"{size / 1e6:.2f} MB", "<= 8 MB, there", 0 < size <= 8e6
+    return Line("the committed demo policy", f"{size / 1e6:.2f} MB", "<= 8 MB, there", 0 < size <= 8e6)
 
 
-# (what is shown, pytest's marker, tests that show it)
 TEST_GROUPS = (
-    ("table plane within 0.01 mm, cube tops within 4 mm", "not long", ["tests/envs/test_robosuite.py"]),
-    (
+    Group(
+        "table plane within 0.01 mm, cube tops within 4 mm",
+        ("-m", "not long", "tests/envs/test_robosuite.py"),
+    ),
+    Group(
         "pmp and mlstm vectors, the tiny denoiser among them",
-        "not long",
-        [
+        (
+            "-m",
+            "not long",
             "tests/pointmap",
             "tests/policies",
             "tests/training/test_schedule.py",
             "tests/xlstm/test_mlstm_golden.py",
-        ],
+        ),
     ),
-    ("make demo killed in each phase, finished work not repeated", "long", ["tests/tools/test_demo.py"]),
-    ("a wheel works from an empty folder", "long", ["tests/test_house.py"]),
+    Group(
+        "make demo killed in each phase, finished work not repeated",
+        ("-m", "long", "tests/tools/test_demo.py"),
+    ),
+    Group("a wheel works from an empty folder", ("-m", "long", "tests/test_house.py")),
 )
-
-
-def tests_line(name: str, marker: str, paths: list[str]) -> tuple[str, str, str, bool]:
-    began = time.perf_counter()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", marker, "--no-header", "--durations=0", *paths]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    last = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr[-200:]
-    took = time.perf_counter() - began
-    met = result.returncode == 0 and " skipped" not in last
-    return name, f"{last.strip('= ')} [{took:.0f} s]", "all pass, none skipped", met
 
 
 if __name__ == "__main__":

@@ -133,6 +133,73 @@ def test_resize_picks_torchs_nearest_pixels(size):
     assert torch.equal(small.valid, (small.points != 0).any(-1))
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_normals_of_planes_are_exact_and_face_the_camera(seed):
+    camera = Camera(skewed().intrinsics, random_pose(seed=seed), SIZE)
+    normal = torch.nn.functional.normalize(torch.tensor([0.4, -0.3, -1.0]).double(), dim=0)
+    depth = -0.8 / (camera.rays() @ normal)  # the plane normal . p = -0.8 of the camera's own frame
+    depth[10:14, 5] = 0
+    depth[3, 3:30:2] = torch.nan
+    seen = PointMap.from_depth(depth, camera)
+    normals, known = seen.normals()
+    assert torch.equal(known, seen.valid & known) and known.sum() > 0.95 * seen.valid.sum()
+    expected = camera.pose[:3, :3] @ normal
+    torch.testing.assert_close(normals[known], expected.expand_as(normals[known]), atol=1e-9, rtol=0)
+    assert (normals[~known] == 0).all()
+    toward = ((camera.pose[:3, 3] - seen.points) * normals).sum(-1)
+    assert (toward[known] > 0).all()
+
+
+def test_normals_do_not_bend_at_an_edge():
+    """A step of 10 cm across the columns: on both sides the normal is that of the flat surface."""
+    camera = Camera.from_fov(45.0, SIZE, dtype=torch.float64)
+    depth = torch.full(SIZE, 1.0, dtype=torch.float64)
+    depth[:, 16:] = 0.9
+    normals, known = PointMap.from_depth(depth, camera).normals()
+    assert known.all()
+    torch.testing.assert_close(normals, torch.tensor([0.0, 0, -1]).double().expand_as(normals))
+    spike = torch.full(SIZE, 1.0, dtype=torch.float64)
+    spike[5, 5] = 0.5
+    one = PointMap.from_depth(spike[None].expand(2, *SIZE), camera)
+    _, known = one.normals(max_step=0.1)
+    assert known.shape == (2, *SIZE) and not known[1, 5, 5] and known.sum() == known.numel() - 2
+    lonely = torch.zeros(SIZE, dtype=torch.float64)
+    lonely[5, 5] = 1
+    assert not PointMap.from_depth(lonely, camera).normals()[1].any()
+
+
+def test_normals_of_a_sphere():
+    camera = Camera.from_fov(40.0, (80, 80), dtype=torch.float64)
+    rays = camera.rays()
+    center = torch.tensor([0.02, -0.03, 1.0]).double()
+    along = (rays @ center) / (rays * rays).sum(-1)
+    reach = 0.25**2 - ((rays * along[..., None] - center) ** 2).sum(-1)
+    depth = torch.where(reach > 0, along - (reach.clamp_min(0) / (rays * rays).sum(-1)).sqrt(), 0)
+    seen = PointMap.from_depth(depth, camera)
+    normals, known = seen.normals()
+    truth = (seen.points - center) / 0.25
+    cosine = (normals * truth).sum(-1)[known]
+    facing = -(truth * seen.points).sum(-1)[known] / seen.points[known].norm(dim=-1) > 0.5
+    assert torch.rad2deg(cosine[facing].clamp(-1, 1).acos()).median() < 2
+
+
+def test_affine_normalisation_undoes_itself_and_spares_holes():
+    depth = torch.rand(2, *SIZE, dtype=torch.float64) - 0.3
+    seen = PointMap.from_depth(depth, skewed(), frame="world")
+    center, scale = (0.1, -0.2, 0.8), (0.12, 0.3, 0.08)
+    small = seen.normalize(center, scale)
+    assert (small.points[~small.valid] == 0).all() and torch.equal(small.valid, seen.valid)
+    expected = (seen.points[seen.valid] - torch.tensor(center).double()) / torch.tensor(scale).double()
+    torch.testing.assert_close(small.points[small.valid], expected, rtol=1e-6, atol=1e-6)
+    back = small.unnormalize(center, scale, "world")
+    torch.testing.assert_close(back.points, seen.points)
+    assert back.frame == "world" and small.frame is None
+    rows = torch.tensor([[0.0, 0, 0], [1, 2, 3]]), torch.tensor([[1.0, 1, 1], [2, 2, 2]])
+    torch.testing.assert_close(
+        seen.normalize(*rows)[1].points, seen[1].normalize(rows[0][1], (2, 2, 2)).points
+    )
+
+
 def test_network_layout():
     depth = torch.rand(2, 3, *SIZE) - 0.1
     seen = PointMap.from_depth(depth, skewed())
@@ -183,6 +250,8 @@ def a_map():
         (lambda: a_map().crop((20, 0, 12, 12)), "leaves the image"),
         (lambda: a_map().resize((0, 4)), "size must be"),
         (lambda: a_map().to_frame(torch.ones(4, 4)), "rigid"),
+        (lambda: a_map().normalize((0, 0, 0), (1, 0, 1)), "scale positive"),
+        (lambda: a_map().normalize((0, 0), (1, 1)), "three numbers"),
         (lambda: a_map().to_cloud(), "index it first"),
         (lambda: a_map()[0].to_cloud(colors=torch.ones(3, 5, 5)), "colors must be"),
         (lambda: depth_from_zbuffer(torch.tensor([1.2]), 0.1, 2), "already metres"),
@@ -214,6 +283,7 @@ def test_depth_in_wrong_units_is_noticed():
     assert "millimetres" in depth_problems((metres * 1000).short())[0]
     buffer = (1 - 0.01 / metres) / (1 - 0.01 / 10)
     assert "depth buffer" in depth_problems(buffer)[0]
+    assert "millimetres" in depth_problems(metres * 60)[0], "6 cm before the camera"
     assert "axis reversed" in depth_problems(torch.cat([metres, -metres]))[0]
     assert "no pixel" in depth_problems(torch.zeros(SIZE))[0]
 
@@ -226,7 +296,8 @@ import vilma.pointmap
 from vilma.pointmap.depth import depth_from_zbuffer
 assert not {{'torch'}} & set(sys.modules), 'the depth conversion pulls torch'
 from vilma.pointmap import Camera, PointMap
-import vilma.pointmap.encoders, vilma.pointmap.augment, vilma.pointmap.view
+import vilma.pointmap.encoders, vilma.pointmap.augment, vilma.pointmap.view, vilma.pointmap.orbit
+import vilma.pointmap.check, vilma.pointmap.point_cloud, vilma.pointmap.conventions
 assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

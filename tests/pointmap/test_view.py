@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vilma.pointmap import Camera, PointMap
-from vilma.pointmap.view import colorize, figure, write_ply
+from vilma.pointmap.ply import read_ply
+from vilma.pointmap.view import color_normals, colorize, figure
 
 
 def scene(height=40, width=48):
@@ -34,20 +35,11 @@ def test_colors_follow_the_axes():
         colorize(PointMap.from_depth(np.stack([depth, depth]), camera))
 
 
-def test_ply_reads_back(tmp_path):
-    rgb, depth, camera = scene()
-    points, colors = PointMap.from_depth(depth, camera).to_cloud(colors=rgb)
-    path = write_ply(points, colors, tmp_path / "sub" / "cloud.ply")
-    header, _, body = path.read_bytes().partition(b"end_header\n")
-    assert f"element vertex {len(points)}".encode() in header
-    vertices = np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    np.testing.assert_array_equal(vertices["xyz"], points.numpy())
-    np.testing.assert_array_equal(vertices["rgb"], colors.numpy())
-    plain = write_ply(points, None, tmp_path / "plain.ply").read_bytes()
-    assert len(plain.partition(b"end_header\n")[2]) == 12 * len(points)
-    with pytest.raises(ValueError, match="shape of points"):
-        write_ply(points, colors[:-1], tmp_path / "bad.ply")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain.ply", "sub"]
+def test_normal_colors_follow_the_surface():
+    _, depth, camera = scene()
+    picture = color_normals(PointMap.from_depth(depth, camera, frame="world"))
+    assert (picture[30, 10] == (128, 128, 255)).all(), "the table faces up: +z is blue"
+    assert (picture[:, :3] < 30).all(), "holes have no normal"
 
 
 def test_figure_writes_one_row_a_camera(tmp_path):
@@ -65,6 +57,12 @@ def test_figure_writes_one_row_a_camera(tmp_path):
         "title",
     )
     assert Image.open(two).height == 2 * Image.open(one).height
+    full = figure(rgb, depth, seen, tmp_path / "full.png", full=True)
+    assert Image.open(full).width > 1.5 * Image.open(one).width
+    own = figure(
+        rgb, depth, PointMap.from_depth(depth, camera, frame="camera"), tmp_path / "own.png", full=True
+    )
+    assert own.stat().st_size > 10000
     with pytest.raises(ValueError, match="same cameras"):
         figure({"a": rgb}, {"b": depth}, {"a": seen}, tmp_path / "bad.png")
 
@@ -99,11 +97,21 @@ def view(*arguments):
 
 def test_tool_writes_picture_and_cloud(episodes, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    out, ply = tmp_path / "picture.png", tmp_path / "cloud.ply"
-    assert view(episodes, "--episode", "demo_1", "--frame", -1, "--out", out, "--ply", ply) == 0
-    assert out.read_bytes()[:4] == b"\x89PNG" and ply.stat().st_size > 40 * 45 * 15
+    out, ply, page = (tmp_path / name for name in ("picture.png", "cloud.ply", "page.html"))
+    arguments = ["--frame", -1, "--out", out, "--ply", ply, "--html", page, "--every", 2]
+    assert view(episodes, "--episode", "demo_1", *arguments) == 0
+    assert out.read_bytes()[:4] == b"\x89PNG"
     printed = capsys.readouterr().out
     assert "picture.png" in printed and f"{40 * 45} points" in printed and "warning" not in printed
+    assert "2 moments" in printed
+    rgb, depth, camera = scene()
+    cloud = read_ply(ply)
+    expected, colors = PointMap.from_depth(depth, camera).to_cloud(colors=rgb)
+    np.testing.assert_allclose(cloud.points, expected, atol=1e-6)
+    np.testing.assert_array_equal(cloud.colors, colors)
+    assert cloud.normals[300].tolist() == [0, 0, 1]
+    assert view(episodes, "--out", out, "--ply", ply, "--ascii") == 0
+    assert ply.read_bytes().startswith(b"ply\nformat ascii") and len(read_ply(ply).points) == 40 * 45
 
 
 @pytest.mark.parametrize(
@@ -137,3 +145,62 @@ def test_tool_names_a_file_that_is_not_there_or_broken(episodes, tmp_path):
     torn.write_bytes(episodes.read_bytes()[:3000])
     with pytest.raises(ValueError, match="truncated"):
         view(torn)
+
+
+def test_tool_shows_single_frames(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    rgb, depth, camera = scene()
+    out, ply = tmp_path / "picture.png", tmp_path / "cloud.ply"
+    arrays = {"rgb": rgb, "depth": depth, "intrinsics": camera.intrinsics.numpy()}
+    expected = PointMap.from_depth(depth, camera).to_cloud()
+    for pose in ({"pose": camera.pose.numpy()}, {}):
+        np.savez(tmp_path / "frame.npz", **arrays, **pose)
+        assert view(tmp_path / "frame.npz", "--out", out, "--ply", ply) == 0
+        local = expected if pose else (expected - camera.pose[:3, 3]) @ camera.pose[:3, :3]
+        np.testing.assert_allclose(read_ply(ply).points, local, atol=1e-6)
+    Image.fromarray(rgb).save(tmp_path / "color.png")
+    Image.fromarray((depth * 1000).round().astype(np.uint16)).save(tmp_path / "depth.png")
+    k = camera.with_pixel_center(0).intrinsics
+    pictures = [tmp_path / "color.png", "--depth", tmp_path / "depth.png"]
+    numbers = ["--intrinsics", *(float(x) for x in (k[0, 0], k[1, 1], k[0, 2], k[1, 2]))]
+    assert view(*pictures, *numbers, "--out", out, "--ply", ply) == 0
+    np.testing.assert_allclose(read_ply(ply).points, local, atol=1e-4)
+    assert "warning" not in capsys.readouterr().out
+    np.savez(tmp_path / "bare.npz", rgb=rgb)
+    np.savez(tmp_path / "odd.npz", rgb=rgb[1:], depth=depth, intrinsics=np.eye(3))
+    for arguments, message in (
+        (pictures, "needs --intrinsics"),
+        ([tmp_path / "bare.npz"], "lacks depth, intrinsics; it has rgb"),
+        ([tmp_path / "odd.npz"], "share one view"),
+        ([tmp_path / "gone.npz"], "no such file"),
+        ([tmp_path / "frame.npz", "--every", 2, "--html", tmp_path / "a.html"], "one moment"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            view(*arguments, "--out", out)
+
+
+def test_disparity_is_inverse_depth():
+    """A point at depth z seen from two places b apart: its columns differ by f b / z."""
+    from vilma.pointmap.rgbd_files import depth_from_disparity
+
+    depth = np.array([[2.0, 4.0], [0.5, np.inf]])
+    disparity = 900 * 0.2 / depth - 30
+    disparity[1, 1] = np.nan
+    np.testing.assert_allclose(depth_from_disparity(disparity, 900, 0.2, 30), [[2, 4], [0.5, 0]], rtol=1e-6)
+
+
+def test_the_motorcycle_is_a_scene(monkeypatch):
+    import sys
+
+    from vilma.pointmap.rgbd_files import motorcycle
+
+    pytest.importorskip("skimage")
+    rgb, depth, camera, frame = motorcycle()
+    seen = PointMap.from_depth(depth, camera, frame=frame)
+    assert rgb.shape == (500, 741, 3) and 0.9 < seen.valid.float().mean() < 0.95
+    assert depth[depth > 0].min() > 1.5 and depth.max() < 10
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(ImportError, match=r"vilma\[viz\]"):
+        motorcycle()

@@ -56,7 +56,11 @@ def test_parameters_are_those_of_the_reference():
     }
     stack = BlockStack([xLSTMLargeBlock(32, 4) for _ in range(2)], torch.nn.RMSNorm(32, eps=1e-6))
     assert {name: tuple(x.shape) for name, x in stack.named_parameters()} == expected
-    assert xLSTMLargeBlock(512, 8).ffn.proj_up.out_features == 1408
+    with torch.device("meta"):
+        assert xLSTMLargeBlock(512, 8).ffn.proj_up.out_features == 1408
+        block = xLSTMLargeBlock(4096, 8)  # xLSTM-7B's
+    assert block.ffn.proj_up.out_features == 10944 and block.mlstm_layer.multihead_norm.head_dim == 512
+    assert block.mlstm_layer.q.out_features == 2048
 
 
 @pytest.mark.parametrize("cut", [0, 5])

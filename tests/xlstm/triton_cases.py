@@ -2,15 +2,17 @@
 
 Standard input: a JSON list of cases (dictionaries, see `Case`). Standard output, last line: a JSON list with
 one dictionary of RMS ratios a case. TRITON_INTERPRET=1 is Triton's interpreter, which needs no GPU. Takes any
-Python that has torch, triton and, on its path, vilma.
+Python that has torch, triton and, on its path, vilma. The last line of standard error is Triton's version.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 
 import torch
+import triton
 from torch import Tensor
 
 from vilma.testing import random_mlstm, random_mlstm_state
@@ -40,8 +42,9 @@ class Case:
     dtype: str = "float32"
     gates: str = "normal"
     eps: float = 1e-6
-    layout: str = "bhtd"
+    layout: str = "bhtd"  # or "bthd", or "far": 2^31 elements lie between the first and the last row
     step: bool = False
+    tf32: bool = False  # products of one TF32 product, as the hardware cuts numbers to it
 
 
 def inputs_of(case: Case) -> tuple[list[Tensor], list[Tensor | None], Tensor | None]:
@@ -51,6 +54,8 @@ def inputs_of(case: Case) -> tuple[list[Tensor], list[Tensor | None], Tensor | N
     given[3:] = [x.float() for x in given[3:]]
     if case.layout == "bthd":
         given = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
+    if case.layout == "far":
+        given[:3] = [_far(x) for x in given[:3]]
     state = [None, None, None]
     if case.state:
         state = list(random_mlstm_state(case.batch, case.heads, case.dim_qk, case.dim_v, device=DEVICE))
@@ -62,6 +67,14 @@ def inputs_of(case: Case) -> tuple[list[Tensor], list[Tensor | None], Tensor | N
         reset = (torch.rand(case.batch, case.steps, generator=generator) < 0.15).to(DEVICE)
         starts = sequence_starts(reset, case.reverse)
     return given, state, starts
+
+
+def _far(x: Tensor) -> Tensor:
+    """x in a buffer of which hardly anything is ever touched."""
+    apart = -(-(2**31) // ((x.shape[0] - 1) * 16)) * 16
+    buffer = torch.UntypedStorage((apart * (x.shape[0] - 1) + x[0].numel()) * x.element_size(), device=DEVICE)
+    y = torch.tensor([], dtype=x.dtype, device=DEVICE)
+    return y.set_(buffer, 0, x.shape, (apart, *x.stride()[1:])).copy_(x)
 
 
 def reference(case: Case, given, state, starts, weights):
@@ -99,17 +112,12 @@ def ours(case: Case, given, state, starts, weights):
     if case.step:
         h, last = mlstm_triton.step(*(x[:, :, 0] for x in given), state, **options)
         return [h, *last], []
-    tile = Tile(*case.tile)
-    tiles = Tiles(
-        case.chunk or case.steps,
-        tile,
-        tile,
-        tile,
-        tile if case.joint else None,
-        tile,
-        tile._replace(bt=tile.bs, bs=tile.bt),
-    )
-    options |= {"reverse": case.reverse, "chunk_size": case.chunk or case.steps, "tiles": tiles}
+    tiles = None
+    if case.tile is not None:
+        tile = Tile(*case.tile)
+        other = tile._replace(bt=tile.bs, bs=tile.bt)
+        tiles = Tiles(case.chunk or case.steps, tile, tile, tile, tile if case.joint else None, tile, other)
+    options |= {"reverse": case.reverse, "chunk_size": case.chunk or (tiles and case.steps), "tiles": tiles}
     h, last, saved = mlstm_triton.forward(*given, state, starts, return_state=case.last, **options)
     dlast = weights[1:] if case.last else (None, None, None)
     grads = mlstm_triton.backward(saved, weights[0].to(h.dtype), dlast, **options)
@@ -126,7 +134,8 @@ def run(case: Case) -> dict[str, float]:
     if case.gate != "exp":
         weights[3] = None
     expected, expected_grads = reference(case, given, state, starts, weights)
-    outputs, grads = ours(case, given, state, starts, weights)
+    with single_tf32(case.tf32):
+        outputs, grads = ours(case, given, state, starts, weights)
     errors = {}
     for name, x, y in zip("hcnm", outputs, expected):
         if y is not None:
@@ -157,6 +166,32 @@ def ratio(x: Tensor, y: Tensor, scale: float | None = None) -> float:
     return difference / scale if scale else difference
 
 
+@contextlib.contextmanager
+def single_tf32(wanted: bool):
+    """torch's setting, and an interpreter that cuts the operands of TF32 products off, as matrix units do."""
+    if not wanted:
+        yield
+        return
+    interpreter = triton.runtime.interpreter
+    whole, setting = interpreter.InterpreterBuilder.create_dot, torch.backends.cuda.matmul
+
+    def cut(x):
+        return interpreter.TensorHandle((x.data.view("uint32") & 0xFFFFE000).view("float32"), x.dtype)
+
+    def create_dot(self, a, b, d, precision, *rest):
+        if DEVICE == "cpu" and precision.name == "TF32":
+            a, b = cut(a), cut(b)
+        return whole(self, a, b, d, precision, *rest)
+
+    before, setting.fp32_precision = setting.fp32_precision, "tf32"
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    try:
+        yield
+    finally:
+        interpreter.InterpreterBuilder.create_dot = whole
+        setting.fp32_precision = before
+
+
 def poison() -> None:
     """Make memory that was never written visible."""
     empty, like = torch.empty, torch.empty_like
@@ -173,3 +208,4 @@ if __name__ == "__main__":
     cases = [Case(**x) for x in json.load(sys.stdin)]
     poison()
     print(json.dumps([run(case) for case in cases]))
+    print(triton.__version__, file=sys.stderr)

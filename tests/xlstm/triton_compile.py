@@ -2,7 +2,8 @@
 
 Standard input: a JSON list of jobs (dictionaries, see `Job`). Standard output: one JSON line a kernel, with
 registers, shared memory, and instructions that go to local memory (spills). Everything that `forward`,
-`backward` and `step` launch for the job's shape is compiled, exactly as it would be launched there.
+`backward` and `step` launch for the job's shape is compiled, exactly as it would be launched there; what an
+earlier job has compiled is left out. A job with ``compile`` false only names what it would compile.
 """
 
 import dataclasses
@@ -21,11 +22,12 @@ from triton.compiler import ASTSource
 
 from vilma.xlstm import mlstm_triton
 from vilma.xlstm.mlstm_triton import Tile
+from vilma.xlstm.mlstm_triton_launch import options_of
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "sm80"),
     "sm_90": (GPUTarget("cuda", 90, 32), "sm90"),
-    "sm_100": (GPUTarget("cuda", 100, 32), "sm90"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "sm100"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "gfx942"),
 }
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -41,6 +43,7 @@ TYPES = {
 @dataclasses.dataclass(frozen=True)
 class Job:
     target: str = "sm_90"
+    batch: int = 64
     dtype: str = "bfloat16"
     steps: int = 196
     dim_qk: int = 96
@@ -50,7 +53,8 @@ class Job:
     reverse: bool = False
     state: bool = False
     reset: bool = False
-    precision: str = "ieee"
+    precision: str | None = None  # of float32 products; what the device has when None
+    compile: bool = True
     kernels: tuple[str, ...] = ()  # all of them when empty
     tiles: dict | None = None  # {"grad_q": [64, 64, 128, 128, 4, 2]}: replaces the table's
 
@@ -58,27 +62,28 @@ class Job:
 def launches(job: Job) -> list[tuple]:
     """(kernel, arguments, constants, tile) of everything that is launched for the job's shape."""
     recorded = []
-    mlstm_triton._launch = lambda kernel, programs, *args, tile, **constants: recorded.append(
+    mlstm_triton.launch = lambda kernel, programs, *args, tile, **constants: recorded.append(
         (kernel, args, constants, tile)
     )
-    mlstm_triton._float32_precision = lambda: job.precision
     kind = TARGETS[job.target][1]
+    precision = job.precision or ("ieee" if kind == "gfx942" else "tf32x3")
+    mlstm_triton.float32_precision = lambda *_: precision
     dtype = getattr(torch, job.dtype)
     tiles = mlstm_triton.tiles_for(kind, dtype, job.dim_qk, job.dim_v)
     tiles = tiles._replace(**{name: tile and Tile(*tile) for name, tile in (job.tiles or {}).items()})
-    batch, heads = 2, 4
 
     def new(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(job.batch, *shape, dtype=dtype, device="meta")
 
-    q, k = (new(batch, heads, job.steps, job.dim_qk, dtype=dtype) for _ in range(2))
-    v = new(batch, heads, job.steps, job.dim_v, dtype=dtype)
-    i, f = (new(batch, heads, job.steps) for _ in range(2))
+    heads = 4
+    q, k = (new(heads, job.steps, job.dim_qk, dtype=dtype) for _ in range(2))
+    v = new(heads, job.steps, job.dim_v, dtype=dtype)
+    i, f = (new(heads, job.steps) for _ in range(2))
     state = last = (None, None, None)
     if job.state:
-        last = (new(batch, heads, job.dim_qk, job.dim_v), new(batch, heads, job.dim_qk), None)
-        state = (*last[:2], new(batch, heads) if job.gate == "exp" else None)
-    starts = new(batch, job.steps, dtype=torch.bool) if job.reset else None
+        last = (new(heads, job.dim_qk, job.dim_v), new(heads, job.dim_qk), None)
+        state = (*last[:2], new(heads) if job.gate == "exp" else None)
+    starts = new(job.steps, dtype=torch.bool) if job.reset else None
     options = {"gate": job.gate, "normalize": job.normalize, "eps": 1e-6}
     whole = {"reverse": job.reverse, "chunk_size": None, "tiles": tiles, **options}
     h, _, saved = mlstm_triton.forward(q, k, v, i, f, state, starts, return_state=job.state, **whole)
@@ -87,8 +92,11 @@ def launches(job: Job) -> list[tuple]:
     return [x for x in recorded if not job.kernels or x[0].fn.__name__ in job.kernels]
 
 
-def source(kernel, args: tuple, constants: dict) -> ASTSource:
+def source(kernel, args: tuple, constants: dict, target: GPUTarget) -> ASTSource:
     """The kernel as the runtime would specialise it for these arguments."""
+    aligned = [["tt.divisibility", 16]]
+    # AMD addresses with 32 bits where a tensor has less than 2 GB
+    of_tensor = aligned + [["tt.pointer_range", 32]] if target.backend == "hip" else aligned
     signature, constexprs, attributes = {}, dict(constants), {}
     given = iter(args)
     for index, parameter in enumerate(kernel.params):
@@ -100,34 +108,29 @@ def source(kernel, args: tuple, constants: dict) -> ASTSource:
         if x is None or (isinstance(x, int) and x == 1 and not parameter.do_not_specialize):
             signature[name], constexprs[name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
-            signature[name], attributes[(index,)] = TYPES[x.dtype], [["tt.divisibility", 16]]
+            signature[name], attributes[(index,)] = TYPES[x.dtype], of_tensor
         elif isinstance(x, float):
             signature[name] = "fp32"
         else:
-            signature[name] = "i32"
+            signature[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
             if x % 16 == 0 and not parameter.do_not_specialize:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                attributes[(index,)] = aligned
     assert next(given, None) is None
     return ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
 
 
-def report(job: Job, kernel, args, constants, tile) -> dict:
+def name_of(kernel, constants: dict) -> str:
+    wants = "".join(x for x, flag in (("k", "WANT_K"), ("v", "WANT_V")) if constants.get(flag))
+    backward = "_backward" if constants.get("BACKWARD") else ""
+    return kernel.fn.__name__ + (f"_{wants}" if wants else "") + backward
+
+
+def report(job: Job, source: ASTSource, tile: Tile) -> dict:
     target = TARGETS[job.target][0]
     started = time.perf_counter()
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source(kernel, args, constants), target=target, options=options)
-    found = {
-        "target": job.target,
-        "kernel": kernel.fn.__name__,
-        "shape": f"{job.dtype} {job.precision} T{job.steps} {job.dim_qk}/{job.dim_v}",
-        "tile": list(tile),
-        "shared": compiled.metadata.shared,
-    }
-    wants = "".join(x for x, flag in (("k", "WANT_K"), ("v", "WANT_V")) if constants.get(flag))
-    if wants:
-        found["kernel"] += "_" + wants
-    if constants.get("BACKWARD"):
-        found["kernel"] += "_backward"
+    options = options_of(tile)
+    compiled = triton.compile(source, target=target, options=options)
+    found = {"shared": compiled.metadata.shared}
     found |= nvidia(compiled) if target.backend == "cuda" else amd(compiled)
     return found | {"seconds": round(time.perf_counter() - started, 1)}
 
@@ -171,15 +174,25 @@ def amd(compiled) -> dict:
 
 
 if __name__ == "__main__":
-    for given in json.load(sys.stdin):
-        job, seen = Job(**given), set()
+    seen = set()
+    for number, given in enumerate(json.load(sys.stdin)):
+        job = Job(**given)
         for kernel, args, constants, tile in launches(job):
-            key = (kernel.fn.__name__, str(sorted(constants.items())), tile)
-            if key not in seen:
-                seen.add(key)
-                try:
-                    found = report(job, kernel, args, constants, tile)
-                except Exception as error:
-                    found = {"kernel": kernel.fn.__name__, "target": job.target, "tile": list(tile)}
-                    found["error"] = f"{type(error).__name__}: {str(error)[-600:]}"
-                print(json.dumps(found), flush=True)
+            made = source(kernel, args, constants, TARGETS[job.target][0])
+            key = str((job.target, kernel.fn.__name__, made.signature, made.constants, made.attrs, tile))
+            if key in seen:
+                continue
+            seen.add(key)
+            found = {
+                "job": number,
+                "target": job.target,
+                "kernel": name_of(kernel, constants),
+                "shape": f"{job.dtype} T{job.steps} {job.dim_qk}/{job.dim_v}",
+                "form": f"{job.gate}{'' if job.normalize else ' plain'}",
+                "tile": list(tile),
+            }
+            try:
+                found |= report(job, made, tile) if job.compile else {"key": key}
+            except Exception as error:
+                found["error"] = f"{type(error).__name__}: {str(error)[-600:]}"
+            print(json.dumps(found), flush=True)

@@ -77,11 +77,7 @@ class xLSTMLargeBlock(nn.Module):
         Raises ValueError unless 1 <= n <= T.
         """
         y, state = self.mlstm_layer(self.norm_mlstm(x), state, return_state)
-        x = x + y
-        if last is not None:
-            if not 1 <= last <= x.shape[1]:
-                raise ValueError(f"got last={last} for {x.shape[1]} steps, wanted 1 to {x.shape[1]}")
-            x = x[:, -last:]
+        x = last_steps(x + y, last)
         x = x + self.ffn(self.norm_ffn(x))
         return (x, state) if return_state else x
 
@@ -178,8 +174,8 @@ class _mLSTMLayer(nn.Module):
         constants (bias 3 to 6 over the heads), both without weights at first.
         """
         for linear in (self.q, self.k, self.v, self.ogate_preact):
-            _init_small(linear.weight)
-        _init_output(self.out_proj.weight, self.num_blocks)
+            init_small(linear.weight, linear.in_features)
+        init_output(self.out_proj.weight, self.num_blocks)
         for linear in (self.igate_preact, self.fgate_preact):
             nn.init.zeros_(linear.weight)
         nn.init.constant_(self.igate_preact.bias, -10.0)
@@ -223,17 +219,28 @@ class _SwiGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        _init_small(self.proj_up_gate.weight)
-        _init_small(self.proj_up.weight)
-        _init_output(self.proj_down.weight, self.num_blocks)
+        init_small(self.proj_up_gate.weight, self.proj_up_gate.in_features)
+        init_small(self.proj_up.weight, self.proj_up.in_features)
+        init_output(self.proj_down.weight, self.num_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj_down(F.silu(self.proj_up_gate(x)) * self.proj_up(x))
 
 
-def _init_small(weight: Tensor) -> None:
-    nn.init.normal_(weight, std=sqrt(2 / (5 * weight.shape[1])))
+def init_small(weight: Tensor, dim: int) -> None:
+    """N(0, 2/(5 dim)): projections out of a residual stream of width dim (arXiv 1910.05895)."""
+    nn.init.normal_(weight, std=sqrt(2 / (5 * dim)))
 
 
-def _init_output(weight: Tensor, num_blocks: int) -> None:
+def init_output(weight: Tensor, num_blocks: int) -> None:
+    """N(0, (2/num_blocks)^2/D): a projection (D, in) back into the residual stream."""
     nn.init.normal_(weight, std=2 / (num_blocks * sqrt(weight.shape[0])))
+
+
+def last_steps(x: Tensor, last: int | None) -> Tensor:
+    """The last n of the T steps of x (B, T, ...), all for None; ValueError unless 1 <= n <= T."""
+    if last is None:
+        return x
+    if not 1 <= last <= x.shape[1]:
+        raise ValueError(f"got last={last} for {x.shape[1]} steps, wanted 1 to {x.shape[1]}")
+    return x[:, -last:]

@@ -5,19 +5,31 @@ longer one is cut into chunks; the memory at their starts is the only thing of s
 computed again in the backward. Kept for the backward: the arguments, h, and `rows` and `marks`, seven to ten
 numbers a step and two a chunk. triton is imported when a kernel is launched, not with this module.
 
-Batch, heads, length, chunk size and strides are run-time numbers of every kernel: a new one compiles nothing.
+Batch, heads, length, chunk size and strides are run-time numbers of every kernel. A new one compiles nothing
+but for a few thresholds: one chunk or several, the blocks of `block_of`, few or many heads (`carry_tile`),
+and strides that are multiples of 16 or not (they are, where head sizes are).
 
 Shapes: B batch, H heads, N = B * H, T steps, NC chunks, Dk and Dv head sizes.
 """
 
 import math
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .mlstm_triton_tiles import MAX_CHUNK, Tile, Tiles, chunk_of, fit, kind_of, tiles_for
+from .mlstm_triton_launch import empty_like, interpreting, launch, on_device, rowwise, strides
+from .mlstm_triton_tiles import (
+    Tile,
+    Tiles,
+    block_of,
+    carry_tile,
+    chunk_of,
+    fit,
+    float32_precision,
+    kind_of,
+    tiles_for,
+)
 
 State = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -60,7 +72,7 @@ def available(device: torch.device | str | None = None) -> tuple[bool, str]:
         import triton
     except Exception as error:  # a broken installation raises what it likes
         return False, f"triton cannot be imported ({type(error).__name__}: {error})"
-    if _interpreting():
+    if interpreting():
         return True, ""
     if device is not None and torch.device(device).type != "cuda":
         return False, f"Triton kernels run on CUDA and ROCm devices, the tensors are on {device}"
@@ -112,11 +124,11 @@ def forward(
     """
     from . import mlstm_triton_kernels as kernels
 
-    q, k, v = (_rowwise(x) for x in (q, k, v))
+    q, k, v = (rowwise(x) for x in (q, k, v))
     c0, n0, m0 = (None if x is None else x.float().contiguous() for x in state)
     form = _Form(q, v, gate, normalize, reverse, chunk_size, eps, tiles)
-    h = _like(v)
-    with _on(q):
+    h = empty_like(v)
+    with on_device(q):
         rows, marks = _gates(i, f, m0, starts, form)
         c = n = None
         last: State = (None, None, None)
@@ -129,13 +141,13 @@ def forward(
         if form.chunks == 1 and c0 is not None:
             c, n = c0, n0
         tile = form.tiles.forward
-        bk, bv = fit(tile.bk, form.dim_qk), fit(tile.bv, form.dim_v)
+        bk, bv = form.blocks(tile)
         tiles_in_chunk = -(-form.chunk // tile.bt)
-        _launch(
+        launch(
             kernels.forward_tile,
             form.heads_all * form.chunks * tiles_in_chunk * -(-form.dim_v // bv),
             *(q, k, v, h, rows, c, n),
-            *_strides(q, k, v, h),
+            *strides(q, k, v, h),
             *(form.heads, form.steps, form.chunk, form.chunks, tiles_in_chunk, rows.stride(0), eps),
             DK=form.dim_qk,
             DV=form.dim_v,
@@ -174,28 +186,28 @@ def backward(
     q, k, v, i, f, c0, n0, m0, h, c_last, n_last, rows, marks = saved
     form = _Form(q, v, gate, normalize, reverse, chunk_size, eps, tiles)
     reset = rows.shape[1] == _ROWS_RESET
-    dh = torch.zeros_like(h) if dh is None else _rowwise(dh.to(h.dtype))
+    dh = torch.zeros_like(h) if dh is None else rowwise(dh.to(h.dtype))
     dc, dn, dm = (None if x is None else x.float().contiguous() for x in dstate)
     heads, steps, dim_qk = q.shape[1:]
     first_state = form.first_state(c0)
-    dq, dk, dv = (_like(x) for x in (q, k, v))
+    dq, dk, dv = (empty_like(x) for x in (q, k, v))
     shared = {"DK": dim_qk, "DV": form.dim_v, "NORMALIZE": normalize, "RESET": reset, **form.flags}
     grad_rows = torch.empty(form.heads_all, _GRAD_ROWS, steps, dtype=torch.float32, device=q.device)
     strided = (rows.stride(0), grad_rows.stride(0))
-    with _on(q):
+    with on_device(q):
         c, n = c0, n0
         if form.chunks > 1:
             c, n, *_ = _carry(form, k, v, rows, None, marks, c0, n0, False)
 
         tile = form.tiles.grad_q
-        bk, bv = fit(tile.bk, dim_qk), fit(tile.bv, form.dim_v)
+        bk, bv = form.blocks(tile)
         in_chunk, parts_q = -(-form.chunk // tile.bt), -(-dim_qk // bk)
         qdq = torch.empty(parts_q, form.heads_all, steps, dtype=torch.float32, device=q.device)
-        _launch(
+        launch(
             kernels.grad_q_tile,
             form.heads_all * form.chunks * in_chunk * parts_q,
             *(q, k, v, h, dh, dq, rows, grad_rows, qdq, c, n),
-            *_strides(q, k, v, h, dh, dq),
+            *strides(q, k, v, h, dh, dq),
             *(heads, steps, form.chunk, form.chunks, in_chunk, *strided, eps),
             FIRST_STATE=first_state,
             BT=tile.bt,
@@ -224,16 +236,16 @@ def backward(
             passes = [(form.tiles.grad_kv, True, True)]
         kdk = None
         for tile, want_k, want_v in passes:
-            bk, bv = fit(tile.bk, dim_qk), fit(tile.bv, form.dim_v)
+            bk, bv = form.blocks(tile)
             in_chunk = -(-form.chunk // tile.bs)
             parts = 1 if want_k and want_v else -(-dim_qk // bk) if want_k else -(-form.dim_v // bv)
             if want_k:
                 kdk = torch.empty(parts, form.heads_all, steps, dtype=torch.float32, device=q.device)
-            _launch(
+            launch(
                 kernels.grad_kv_tile,
                 form.heads_all * form.chunks * in_chunk * parts,
                 *(q, k, v, dh, dk, dv, rows, grad_rows, kdk, dc_end, dn_end),
-                *_strides(q, k, v, dh, dk, dv),
+                *strides(q, k, v, dh, dk, dv),
                 *(heads, steps, form.chunk, form.chunks, in_chunk, *strided),
                 form.chunks - 1 if given else form.chunks - 2,
                 WANT_K=want_k,
@@ -275,7 +287,7 @@ def step(
 
     batch, heads, dim_qk = q.shape
     dim_v = v.shape[-1]
-    q, k, v = (_rowwise(x) for x in (q, k, v))
+    q, k, v = (rowwise(x) for x in (q, k, v))
     c0, n0, m0 = (None if x is None else x.float().contiguous() for x in state)
     exponential = gate == "exp"
     h = torch.empty(batch, heads, dim_v, dtype=q.dtype, device=q.device)
@@ -283,12 +295,12 @@ def step(
     n = torch.empty(batch, heads, dim_qk, dtype=torch.float32, device=q.device)
     m = torch.empty(batch, heads, dtype=torch.float32, device=q.device) if exponential else None
     bk, bv = fit(64, dim_qk), fit(32, dim_v)
-    with _on(q):
-        _launch(
+    with on_device(q):
+        launch(
             kernel,
             batch * heads * -(-dim_v // bv),
             *(q, k, v, i, f, c0, n0, m0, h, c, n, m),
-            *_strides(q, k, v, i, f, axes=2),
+            *strides(q, k, v, i, f, axes=2),
             *(heads, eps, dim_qk**-0.5),
             DK=dim_qk,
             DV=dim_v,
@@ -313,29 +325,28 @@ class _Form:
         self.tiles = tiles or tiles_for(kind_of(q.device), q.dtype, self.dim_qk, self.dim_v)
         self.chunk = chunk_of(self.steps, chunk_size, self.tiles)
         self.chunks = -(-self.steps // self.chunk)
+        self.block = block_of(self.chunk)
+        self.gates = Tile(0, 0, 0, 0, 1 if self.block == 64 else 4, 1)
         self.exponential, self.normalize, self.eps = gate == "exp", normalize, eps
         self.reverse = reverse
         half = q.dtype != torch.float32
         self.flags = {
             "REVERSE": reverse,
             "SPLIT": not half,
-            "UPCAST": half and _interpreting(),
-            "PRECISION": "ieee" if half else _float32_precision(),
+            "UPCAST": half and interpreting(),
+            "PRECISION": "ieee" if half else float32_precision(q.device, normalize),
         }
         # bfloat16 is what the memory is multiplied in; float16 might overflow
         self.memory_dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
 
+    def blocks(self, tile: Tile) -> tuple[int, int]:
+        """Features of keys and of values that a program holds at a time."""
+        least = self.tiles.least
+        return fit(tile.bk, self.dim_qk, least), fit(tile.bv, self.dim_v, least)
+
     def first_state(self, c0: Tensor | None) -> int:
         """The first chunk that starts from something; -1 when none does."""
         return 0 if c0 is not None else 1 if self.chunks > 1 else -1
-
-    @property
-    def block(self) -> int:
-        return fit(MAX_CHUNK, self.chunk)
-
-    @property
-    def block_warps(self) -> int:
-        return 1 if self.block <= 64 else 4
 
 
 def _gates(i, f, m0, starts, form: _Form) -> tuple[Tensor, Tensor]:
@@ -348,14 +359,19 @@ def _gates(i, f, m0, starts, form: _Form) -> tuple[Tensor, Tensor]:
     marks = torch.empty(n, 2, chunks + 1, dtype=torch.float32, device=form.device)
     if starts is not None:
         starts = starts.contiguous().view(torch.uint8)
-    where = (form.heads, *_strides(i, f), steps, form.chunk, chunks)
+    where = (form.heads, *strides(i, f), steps, form.chunk, chunks)
     flags = {"REVERSE": form.reverse, "RESET": starts is not None, "BLOCK": form.block}
-    tile = Tile(0, 0, 0, 0, form.block_warps, 1)
     chained = form.exponential and chunks > 1
     if chained:
         decay, level = (torch.empty(n, chunks, dtype=torch.float64, device=form.device) for _ in range(2))
-        _launch(kernels.summarise_chunks, n * chunks, i, f, starts, decay, level, *where, tile=tile, **flags)
-        _launch(
+        launch(
+            kernels.summarise_chunks,
+            n * chunks,
+            *(i, f, starts, decay, level, *where),
+            tile=form.gates,
+            **flags,
+        )
+        launch(
             kernels.chain_stabiliser,
             n,
             *(decay, level, m0, marks, chunks),
@@ -363,7 +379,7 @@ def _gates(i, f, m0, starts, form: _Form) -> tuple[Tensor, Tensor]:
             BLOCK=64,
             tile=Tile(0, 0, 0, 0, 1, 1),
         )
-    _launch(
+    launch(
         kernels.gates,
         n * chunks,
         *(i, f, starts, m0, rows, marks, *where, rows.stride(0)),
@@ -372,7 +388,7 @@ def _gates(i, f, m0, starts, form: _Form) -> tuple[Tensor, Tensor]:
         HAS_M0=m0 is not None,
         CHAINED=chained,
         SPLIT=split,
-        tile=tile,
+        tile=form.gates,
         **flags,
     )
     return rows, marks
@@ -384,8 +400,8 @@ def _carry(form: _Form, x, y, rows, grad_rows, marks, c0, n0, return_last: bool,
 
     backward_ = grad_rows is not None
     n, chunks, dim_qk, dim_v = form.heads_all, form.chunks, form.dim_qk, form.dim_v
-    tile = form.tiles.carry
-    bk, bv = fit(tile.bk, dim_qk), fit(tile.bv, dim_v)
+    tile = carry_tile(form.tiles, n, dim_qk, dim_v)
+    bk, bv = form.blocks(tile)
     blocks = -(-dim_qk // bk) * -(-dim_v // bv)
     new = {"dtype": torch.float32, "device": form.device}
     kept_c = kept_n = c_last = n_last = product = None
@@ -398,26 +414,12 @@ def _carry(form: _Form, x, y, rows, grad_rows, marks, c0, n0, return_last: bool,
         c_last = torch.empty(form.batch, form.heads, dim_qk, dim_v, **new)
         n_last = torch.empty(form.batch, form.heads, dim_qk, **new)
     forward_c, forward_n = forward_memory or (None, None)
-    _launch(
+    launch(
         kernels.carry,
         n * blocks,
-        *(
-            x,
-            y,
-            rows,
-            grad_rows,
-            marks,
-            c0,
-            n0,
-            kept_c,
-            kept_n,
-            c_last,
-            n_last,
-            forward_c,
-            forward_n,
-            product,
-        ),
-        *_strides(x, y),
+        *(x, y, rows, grad_rows, marks, c0, n0, kept_c, kept_n, c_last, n_last),
+        *(forward_c, forward_n, product),
+        *strides(x, y),
         *(form.heads, form.steps, form.chunk, chunks, rows.stride(0)),
         grad_rows.stride(0) if backward_ else 0,
         DK=dim_qk,
@@ -467,25 +469,24 @@ def _grad_gates(i, f, rows, grad_rows, qdq, kdk, end, mu_last, want_m0: bool, re
     n, steps, chunks = form.heads_all, form.steps, form.chunks
     di, df = torch.empty_like(i), torch.empty_like(f)
     strided = (rows.stride(0), grad_rows.stride(0), form.eps)
-    tile = Tile(0, 0, 0, 0, form.block_warps, 1)
     mu = None
     moves = form.exponential and (form.normalize or mu_last is not None)
     if moves and (chunks > 1 or want_m0 or mu_last is not None):
         mu = torch.empty(n, chunks + 1, dtype=torch.float32, device=form.device)
-        _launch(
+        launch(
             kernels.chain_gradient,
             n,
             *(rows, grad_rows, mu_last, mu, steps, form.chunk, chunks, *strided),
             NORMALIZE=form.normalize,
             HAS_MU_LAST=mu_last is not None,
             BLOCK=form.block,
-            tile=tile,
+            tile=form.gates,
         )
-    _launch(
+    launch(
         kernels.grad_gates,
         n * chunks,
         *(i, f, di, df, rows, grad_rows, qdq, kdk, end, mu, form.heads),
-        *_strides(i, f, di, df),
+        *strides(i, f, di, df),
         *(steps, form.chunk, chunks, n, *strided),
         PARTS_Q=qdq.shape[0],
         PARTS_K=kdk.shape[0],
@@ -496,47 +497,6 @@ def _grad_gates(i, f, rows, grad_rows, qdq, kdk, end, mu_last, want_m0: bool, re
         HAS_END=end is not None,
         HAS_MU=mu is not None,
         BLOCK=form.block,
-        tile=tile,
+        tile=form.gates,
     )
     return di, df, mu
-
-
-def _launch(kernel, programs: int, *args, tile: Tile, **constants) -> None:
-    kernel[(programs,)](*args, **constants, num_warps=tile.warps, num_stages=tile.stages)
-
-
-def _like(x: Tensor) -> Tensor:
-    """An empty tensor in x's layout; contiguous where x repeats elements."""
-    y = torch.empty_like(x)
-    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rowwise(x: Tensor) -> Tensor:
-    """x with a last axis of stride 1; whatever order the other axes lie in is kept."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor, axes: int = 3) -> tuple[int, ...]:
-    """Strides of the first axes (B, H, T) of each; 0 for an axis of size 1, whose stride may be anything."""
-    return tuple(0 if x.shape[axis] == 1 else x.stride(axis) for x in tensors for axis in range(axes))
-
-
-def _on(x: Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _float32_precision() -> str:
-    """How float32 products are made: of three TF32 ones, as accurate as float32, where there are any.
-
-    Plain TF32 only where torch's own products were allowed it: it loses digits of s_t, and with them many
-    more of the gradient where s_t is small.
-    """
-    if torch.version.hip is not None:
-        return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _interpreting() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)

@@ -225,7 +225,7 @@ def gates(
         tl.store(row + SEGMENT * T, segment.to(tl.float32), mask=live)
 
 
-@triton.jit(do_not_specialize=["T", "L", "NC", "rows_n", "eps"])
+@triton.jit(do_not_specialize=["T", "L", "NC", "rows_n", "grads_n", "eps"])
 def chain_gradient(
     ROWS, GRAD_ROWS, MU_LAST, MU, T, L, NC, rows_n, grads_n, eps,
     NORMALIZE: tl.constexpr, HAS_MU_LAST: tl.constexpr, BLOCK: tl.constexpr,

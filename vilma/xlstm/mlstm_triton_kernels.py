@@ -75,11 +75,37 @@ def _store(
 
 
 @triton.jit
-def _block(X, k0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
-    """Addresses and mask of a block of one memory (Dk, Dv)."""
+def _read_block(X, k0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """A block of one memory (Dk, Dv), float32."""
     k = k0 + tl.arange(0, BK)
     v = v0 + tl.arange(0, BV)
-    return X + k[:, None] * DV + v[None, :], (k < DK)[:, None] & (v < DV)[None, :]
+    at = X + k[:, None] * DV + v[None, :]
+    # a mask costs registers and keeps loads from being asynchronous
+    if DK % BK == 0 and DV % BV == 0:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=(k < DK)[:, None] & (v < DV)[None, :], other=0.0)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _write_block(X, x, k0, v0, DK: tl.constexpr, DV: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    k = k0 + tl.arange(0, BK)
+    v = v0 + tl.arange(0, BV)
+    at = X + k[:, None] * DV + v[None, :]
+    if DK % BK == 0 and DV % BV == 0:
+        tl.store(at, x.to(X.dtype.element_ty))
+    else:
+        tl.store(at, x.to(X.dtype.element_ty), mask=(k < DK)[:, None] & (v < DV)[None, :])
+
+
+@triton.jit
+def _row(rows, AT: tl.constexpr, T, r, end):
+    """One row's numbers of steps r; anything from `end` on.
+
+    A mask instead would take predicates, of which a thread has seven: kernels spilled over it.
+    """
+    return tl.load(rows + AT * T + tl.minimum(r, end - 1))
 
 
 @triton.jit
@@ -152,8 +178,7 @@ def forward_tile(
             chunk = tl.cast(n, tl.int64) * NC + c
             for k0 in tl.range(0, DK, BK, disable_licm=True):
                 q_k = q if ONE_K else _tile(q_n, r0, end, T, sqt, k0, DK, REVERSE, UPCAST, BT, BK)
-                at, inside = _block(C + chunk * DK * DV, k0, v0, DK, DV, BK, BV)
-                memory = tl.load(at, mask=inside, other=0.0).to(tl.float32).to(q_k.dtype)
+                memory = _read_block(C + chunk * DK * DV, k0, v0, DK, DV, BK, BV).to(q_k.dtype)
                 acc = tl.dot(q_k, memory, acc, input_precision=PRECISION)
                 if NORMALIZE:
                     dk = k0 + tl.arange(0, BK)
@@ -182,11 +207,11 @@ def forward_tile(
         v = _tile(v_n, s0, end, T, svt, v0, DV, REVERSE, UPCAST, BS, BV)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    divisor = tl.load(rows + FLOOR * T + t, mask=t < end, other=1.0)
+    divisor = _row(rows, FLOOR, T, t, end)
     if NORMALIZE:
         divisor = tl.maximum(tl.abs(den), divisor) + eps
         if jv == 0:
-            tl.store(ROWS + tl.cast(n, tl.int64) * rows_n + DEN * T + t, den, mask=t < end)
+            tl.store(rows + DEN * T + t, den, mask=t < end)
     _store(h_n, acc / divisor[:, None], r0, end, T, sht, v0, DV, REVERSE, BT, BV)
 
 
@@ -217,12 +242,12 @@ def carry(
     if BACKWARD:
         grad_rows = GRAD_ROWS + n * grads_n
     dk = k0 + tl.arange(0, BK)
+    of_n = tl.where(jv == 0, DK, 0)  # one of the blocks of the same features has n
 
     acc = tl.zeros([BK, BV], tl.float32)
     n_acc = tl.zeros([BK], tl.float32)
     if HAS_C0:
-        at_c0, inside_c0 = _block(C0 + n * DK * DV, k0, v0, DK, DV, BK, BV)
-        acc = tl.load(at_c0, mask=inside_c0, other=0.0)
+        acc = _read_block(C0 + n * DK * DV, k0, v0, DK, DV, BK, BV)
     if HAS_N0:
         n_acc = tl.load(N0 + n * DK + dk, mask=dk < DK, other=0.0)
     # one loop over all tiles, which can be pipelined across chunks
@@ -233,18 +258,16 @@ def carry(
         first = walked % tiles == 0
         if KEEP:  # noqa: SIM102
             if first:
-                at, inside = _block(C + chunk * DK * DV, k0, v0, DK, DV, BK, BV)
-                tl.store(at, acc.to(C.dtype.element_ty), mask=inside)
-                tl.store(N + chunk * DK + dk, n_acc, mask=(dk < DK) & (jv == 0))
+                _write_block(C + chunk * DK * DV, acc, k0, v0, DK, DV, BK, BV)
+                tl.store(N + chunk * DK + dk, n_acc, mask=dk < of_n)
         if PRODUCTS:  # noqa: SIM102
             if first:
-                more = c < NC - 1
-                at_next, inside_next = _block(C_FORWARD + (chunk + 1) * DK * DV, k0, v0, DK, DV, BK, BV)
-                memory = tl.load(at_next, mask=inside_next & more, other=0.0).to(tl.float32)
-                of_n = (dk < DK) & (jv == 0) & more
-                n_memory = tl.load(N_FORWARD + (chunk + 1) * DK + dk, mask=of_n, other=0.0)
+                # what follows the last chunk is not kept
+                after = n * NC + tl.minimum(c + 1, NC - 1)
+                memory = _read_block(C_FORWARD + after * DK * DV, k0, v0, DK, DV, BK, BV)
+                n_memory = tl.load(N_FORWARD + after * DK + dk, mask=dk < of_n, other=0.0)
                 product = tl.sum(tl.sum(acc * memory, 1) + n_acc * n_memory, 0)
-                tl.store(PRODUCT + chunk * blocks + block, product)
+                tl.store(PRODUCT + chunk * blocks + block, tl.where(c < NC - 1, product, 0.0))
         keep = tl.where(first, tl.load(MARKS + n * 2 * (NC + 1) + NC + 1 + c), 1.0)
         acc *= keep
         n_acc *= keep
@@ -254,10 +277,10 @@ def carry(
         x = _tile(x_n, r0, end, T, sxt, k0, DK, REVERSE, UPCAST, BT, BK)
         y = _tile(y_n, r0, end, T, syt, v0, DV, REVERSE, UPCAST, BT, BV)
         if BACKWARD:
-            start = tl.load(rows + START * T + r, mask=r < end, other=0.0)
-            weight = start * tl.load(grad_rows + INVERSE * T + r, mask=r < end, other=0.0)
+            start = _row(rows, START, T, r, end)
+            weight = start * _row(grad_rows, INVERSE, T, r, end)
             if NORMALIZE:
-                delta = weight * tl.load(grad_rows + DELTA * T + r, mask=r < end, other=0.0)
+                delta = weight * _row(grad_rows, DELTA, T, r, end)
                 n_acc += tl.sum(x.to(tl.float32) * delta[:, None], 0)
         else:
             weight = tl.load(rows + WRITE * T + r, mask=r < end, other=0.0)
@@ -265,8 +288,7 @@ def carry(
         weighted = (x.to(tl.float32) * weight[:, None]).to(y.dtype)
         acc = tl.dot(tl.trans(weighted), y, acc, input_precision=PRECISION)
     if LAST:
-        at_last, inside_last = _block(C_LAST + n * DK * DV, k0, v0, DK, DV, BK, BV)
-        tl.store(at_last, acc, mask=inside_last)
+        _write_block(C_LAST + n * DK * DV, acc, k0, v0, DK, DV, BK, BV)
         if jv == 0:
             tl.store(N_LAST + n * DK + dk, n_acc, mask=dk < DK)
 
@@ -334,8 +356,7 @@ def grad_q_tile(
             chunk = tl.cast(n, tl.int64) * NC + c
             for v0 in tl.range(0, DV, BV, disable_licm=True):
                 dh_v = dh if ONE_V else _tile(dh_n, r0, end, T, sdt, v0, DV, REVERSE, UPCAST, BT, BV)
-                at, inside = _block(C + chunk * DK * DV, k0, v0, DK, DV, BK, BV)
-                memory = tl.load(at, mask=inside, other=0.0).to(tl.float32).to(dh_v.dtype)
+                memory = _read_block(C + chunk * DK * DV, k0, v0, DK, DV, BK, BV).to(dh_v.dtype)
                 acc = tl.dot(dh_v, tl.trans(memory), acc, input_precision=PRECISION)
             if NORMALIZE:
                 dk = k0 + tl.arange(0, BK)
@@ -424,8 +445,7 @@ def grad_kv_tile(
             if WANT_K:
                 for v0 in tl.range(0, DV, BV, disable_licm=True):
                     v_v = v if ONE_V else _tile(v_n, s0, end, T, svt, v0, DV, REVERSE, UPCAST, BS, BV)
-                    at, inside = _block(DC + chunk * DK * DV, k_out, v0, DK, DV, BK, BV)
-                    memory = tl.load(at, mask=inside, other=0.0).to(tl.float32).to(v_v.dtype)
+                    memory = _read_block(DC + chunk * DK * DV, k_out, v0, DK, DV, BK, BV).to(v_v.dtype)
                     acc_k = tl.dot(v_v, tl.trans(memory), acc_k, input_precision=PRECISION)
                 dk = k_out + tl.arange(0, BK)
                 acc_k += tl.load(DN + chunk * DK + dk, mask=dk < DK, other=0.0)[None, :]
@@ -433,8 +453,7 @@ def grad_kv_tile(
             if WANT_V:
                 for k0 in tl.range(0, DK, BK, disable_licm=True):
                     k_k = k if ONE_K else _tile(k_n, s0, end, T, skt, k0, DK, REVERSE, UPCAST, BS, BK)
-                    at, inside = _block(DC + chunk * DK * DV, k0, v_out, DK, DV, BK, BV)
-                    memory = tl.load(at, mask=inside, other=0.0).to(tl.float32).to(k_k.dtype)
+                    memory = _read_block(DC + chunk * DK * DV, k0, v_out, DK, DV, BK, BV).to(k_k.dtype)
                     acc_v = tl.dot(k_k, memory, acc_v, input_precision=PRECISION)
                 acc_v *= write[:, None]
 

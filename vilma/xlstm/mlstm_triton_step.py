@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .mlstm_triton_gates import _head, _log_sigmoid
-from .mlstm_triton_kernels import _block
+from .mlstm_triton_kernels import _read_block, _write_block
 
 
 @triton.jit(do_not_specialize=["heads", "sib", "sih", "sfb", "sfh", "eps"])
@@ -45,13 +45,12 @@ def step(
         dk = k0 + tl.arange(0, BK)
         q = tl.load(Q + _head(n, heads, sqb, sqh) + dk, mask=dk < DK, other=0.0).to(tl.float32) * scale
         k = tl.load(K + _head(n, heads, skb, skh) + dk, mask=dk < DK, other=0.0).to(tl.float32) * i_gate
-        at, inside = _block(row * DK * DV, k0, jv * BV, DK, DV, BK, BV)
         c = k[:, None] * v[None, :]
         n_k = k
         if HAS_STATE:
-            c += f_gate * tl.load(C0 + at, mask=inside, other=0.0)
+            c += f_gate * _read_block(C0 + row * DK * DV, k0, jv * BV, DK, DV, BK, BV)
             n_k += f_gate * tl.load(N0 + row * DK + dk, mask=dk < DK, other=0.0)
-        tl.store(C + at, c, mask=inside)
+        _write_block(C + row * DK * DV, c, k0, jv * BV, DK, DV, BK, BV)
         if jv == 0:
             tl.store(N + row * DK + dk, n_k, mask=dk < DK)
         h += tl.sum(q[:, None] * c, 0)

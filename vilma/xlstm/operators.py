@@ -106,7 +106,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dh, dc, dn, dm, *_):
-    tensors, rest = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors  # checkpointing lets them be read once
+    tensors, rest = saved[:9], saved[9:]
     if not ctx.saved_for_backward:
         rest = torch.ops.vilma.mlstm(*tensors, *ctx.form, True, True)
     grads = torch.ops.vilma.mlstm_backward(*tensors, *ctx.form, dh, dc, dn, dm, *rest)

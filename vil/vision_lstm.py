@@ -1,0 +1,711 @@
+"""Vision-LSTM for timm: the whole family, both published generations.
+
+Vision-LSTM: xLSTM as Generic Vision Backbone (Alkin, Beck, Pöppel, Hochreiter and Brandstetter, arXiv
+2406.04303). Patches pass through residual mLSTM layers that traverse them row by row, forward and backward in
+turn.
+
+Generation 1 (``vil_*``) has causal 1-D convolutions and no biases; generation 2 (``vil2_*``) has 2-D
+convolutions, biases, pairs of layers as blocks, and concatenates the first and last token for the classifier.
+Official weights of both load unchanged: see `vilma.vil.checkpoints`.
+
+Shapes: B batch, C channels of the image, (Y, X) grid of tokens, d width, E inner width.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, get_device_dtype, resample_patch_embed, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
+from timm.models._manipulate import checkpoint, checkpoint_seq
+from torch import Tensor, nn
+
+from vilma.xlstm.layers import BlockDiagonalLinear, LayerNorm
+
+from .checkpoints import checkpoint_filter_fn, resize_positions
+from .mixing import MixWeights, mix
+
+__all__ = ["VisionLSTM", "checkpoint_filter_fn"]
+
+POOLS = ("", "avg", "first", "bilateral_avg", "bilateral_flatten")
+CONVOLUTIONS = ("2d", "causal1d")
+INITS = ("original", "original-fixed")
+
+
+class HeadwiseProjection(BlockDiagonalLinear):
+    """Holds the parameters of one of q, k, v; `mix` applies them."""
+
+    forward = torch.jit.unused(BlockDiagonalLinear.forward)
+
+
+class MLSTMCell(nn.Module):
+    """Gates of the mLSTM and the norm behind it; `mix` applies them.
+
+    igate and fgate see q, k and v side by side; outnorm is one of E channels, applied to each head by itself.
+    """
+
+    def __init__(self, inner: int, num_heads: int, norm_bias: bool, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.igate = nn.Linear(3 * inner, num_heads, **dd)
+        self.fgate = nn.Linear(3 * inner, num_heads, **dd)
+        self.outnorm = LayerNorm(inner, bias=norm_bias, residual_weight=True).to(**dd)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.igate.weight)
+        nn.init.normal_(self.igate.bias, std=0.1)
+        nn.init.zeros_(self.fgate.weight)
+        with torch.no_grad():
+            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, self.fgate.out_features))
+        self.outnorm.reset_parameters()
+
+
+class ViLLayer(nn.Module):
+    """The mLSTM layer (B, Y, X, d) -> (B, Y, X, d) in one direction of traversal."""
+
+    def __init__(
+        self,
+        dim: int,
+        reverse: bool,
+        num_heads: int,
+        expansion: int,
+        block_width: int,
+        conv_kind: str,
+        conv_kernel_size: int,
+        proj_bias: bool,
+        norm_bias: bool,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        inner = expansion * dim
+        self.reverse = reverse
+        self.proj_up = nn.Linear(dim, 2 * inner, bias=proj_bias, **dd)
+        conv, k = (nn.Conv2d if conv_kind == "2d" else nn.Conv1d), conv_kernel_size
+        self.conv = conv(inner, inner, k, groups=inner, **dd)
+        self.q_proj = HeadwiseProjection(inner, block_width, bias=proj_bias).to(**dd)
+        self.k_proj = HeadwiseProjection(inner, block_width, bias=proj_bias).to(**dd)
+        self.v_proj = HeadwiseProjection(inner, block_width, bias=proj_bias).to(**dd)
+        self.mlstm_cell = MLSTMCell(inner, num_heads, norm_bias, **dd)
+        self.learnable_skip = nn.Parameter(torch.empty(inner, **dd))
+        self.proj_down = nn.Linear(inner, dim, bias=proj_bias, **dd)
+
+    def reset_parameters(self, num_blocks: int = 1) -> None:
+        """num_blocks: sub-blocks that add to the residual stream; the official models were trained with 1."""
+        dim = self.proj_up.in_features
+        nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * dim)))
+        nn.init.normal_(self.proj_down.weight, std=2 / num_blocks / math.sqrt(dim))
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=math.sqrt(2 / (5 * dim)))
+        for module in (self.proj_up, self.proj_down, self.q_proj, self.k_proj, self.v_proj):
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        self.conv.reset_parameters()
+        self.mlstm_cell.reset_parameters()
+        nn.init.ones_(self.learnable_skip)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.proj_up(x)
+        cell = self.mlstm_cell
+        weights = (
+            self.conv.weight,
+            self.conv.bias,
+            self.q_proj.weight,
+            self.q_proj.bias,
+            self.k_proj.weight,
+            self.k_proj.bias,
+            self.v_proj.weight,
+            self.v_proj.bias,
+            cell.igate.weight,
+            cell.igate.bias,
+            cell.fgate.weight,
+            cell.fgate.bias,
+            cell.outnorm.weight,
+            cell.outnorm.bias,
+            self.learnable_skip,
+        )
+        if torch.jit.is_scripting():
+            y = torch.ops.vilma.vil_mix(u, *weights, self.reverse, 1e-5, False)[0]
+        else:
+            y = mix(u, MixWeights(*weights), self.reverse, 1e-5)
+        return self.proj_down(y)
+
+
+@register_notrace_module
+class ViLBlock(nn.Module):
+    """x + DropPath(layer(norm(x))) for maps (B, Y, X, d)."""
+
+    def __init__(self, dim: int, drop_path: float, norm_bias: bool, device=None, dtype=None, **layer):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = LayerNorm(dim, bias=norm_bias, residual_weight=True).to(**dd)
+        self.layer = ViLLayer(dim, norm_bias=norm_bias, **layer, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.layer(self.norm(x)))
+
+
+class ViLBlockPair(nn.Module):
+    """A sub-block from the top left and one from the bottom right, the block of generation 2."""
+
+    def __init__(self, **block):
+        super().__init__()
+        self.rowwise_from_top_left = ViLBlock(reverse=False, **block)
+        self.rowwise_from_bot_right = ViLBlock(reverse=True, **block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rowwise_from_bot_right(self.rowwise_from_top_left(x))
+
+
+@register_notrace_module
+class PatchEmbed(nn.Module):
+    """Patches, overlapping where stride < patch_size: (B, C, height, width) -> (B, Y, X, d).
+
+    Raises:
+        ValueError: images that patches do not cover, and (unless dynamic) of another size than built for.
+    """
+
+    __jit_unused_properties__ = ("grid_size", "num_patches")
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        stride: tuple[int, int],
+        in_chans: int,
+        dim: int,
+        dynamic_size: bool,
+        dynamic_pad: bool,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.img_size, self.patch_size, self.stride = img_size, patch_size, stride
+        self.dynamic_size, self.dynamic_pad = dynamic_size, dynamic_pad
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, device=device, dtype=dtype)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Of the position table: one entry a patch. Overlapping patches resize it (as published)."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid_size[0] * self.grid_size[1]
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """A stride that equalled the patch goes on doing so; another one is kept."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            old, patch_size = self.proj, to_2tuple(patch_size)
+            stride = patch_size if self.stride == self.patch_size else self.stride
+            self.proj = nn.Conv2d(
+                old.in_channels, old.out_channels, patch_size, stride, **get_device_dtype(self)
+            )
+            with torch.no_grad():
+                self.proj.weight.copy_(resample_patch_embed(old.weight, list(patch_size)))
+                self.proj.bias.copy_(old.bias)
+            self.proj.weight.requires_grad_(old.weight.requires_grad)
+            self.proj.bias.requires_grad_(old.bias.requires_grad)
+            self.proj.train(old.training)
+            self.patch_size, self.stride = patch_size, stride
+        if img_size is not None:
+            self.img_size = to_2tuple(img_size)
+        check_table(self.img_size, self.patch_size)
+
+    def feat_ratio(self, as_scalar: bool = True):
+        return max(self.stride) if as_scalar else self.stride
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of tokens of an image."""
+        sizes = [0, 0]
+        for j in range(2):
+            size, patch, stride = img_size[j], self.patch_size[j], self.stride[j]
+            beyond = max(size - patch, 0)
+            sizes[j] = 1 + ((beyond + stride - 1) // stride if self.dynamic_pad else beyond // stride)
+        return sizes[0], sizes[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"got an image batch of shape {x.shape}; pass (B, C, height, width) with C = "
+                f"{self.proj.in_channels} (another number of channels: in_chans)"
+            )
+        height, width = x.shape[2], x.shape[3]
+        if self.dynamic_pad:
+            rows, columns = self.dynamic_feat_size((height, width))
+            bottom = (rows - 1) * self.stride[0] + self.patch_size[0] - height
+            right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
+            x = F.pad(x, (0, right, 0, bottom))
+        else:
+            check_size(height, self.patch_size[0], self.stride[0], "height")
+            check_size(width, self.patch_size[1], self.stride[1], "width")
+        if not self.dynamic_size and (height != self.img_size[0] or width != self.img_size[1]):
+            raise ValueError(
+                f"got an image of {height} x {width}, the model is built for {self.img_size[0]} x "
+                f"{self.img_size[1]}; resize it, call set_input_size, or build with dynamic_img_size=True"
+            )
+        return self.proj(x).permute(0, 2, 3, 1)
+
+
+def check_size(size: int, patch: int, stride: int, name: str) -> None:
+    """Raise a ValueError that names the nearest sizes unless whole patches cover ``size`` pixels."""
+    if size < patch or (size - patch) % stride != 0:
+        below = patch + max(size - patch, 0) // stride * stride
+        above = below + stride
+        nearest = f"{patch}" if size < patch else f"{below} or {above}"
+        raise ValueError(
+            f"an image of {name} {size} is not covered by patches of {patch} every {stride} pixels; "
+            f"the nearest {name} is {nearest}. Resize the image, or build with dynamic_img_pad=True"
+        )
+
+
+def check_table(img_size: Sequence[int], patch_size: Sequence[int]) -> None:
+    """The position table needs an entry along each axis."""
+    if any(size < patch for size, patch in zip(img_size, patch_size)):
+        raise ValueError(f"img_size={tuple(img_size)} is smaller than one patch of {tuple(patch_size)}")
+
+
+@register_notrace_function
+def add_positions(x: Tensor, table: Tensor) -> Tensor:
+    """x (B, Y, X, d) + table (1, ., ., d), resized to the grid of x where it has another one."""
+    return x + resize_positions(table, x.shape[1], x.shape[2])
+
+
+class VisionLSTM(nn.Module):
+    """Vision-LSTM (arXiv 2406.04303); the defaults are those of generation 2.
+
+    Args:
+        img_size: nominal size of an image, from which the position table has its size. Other sizes and aspect
+            ratios work unless ``dynamic_img_size=False``: the table is resized (bicubic) as they come.
+        patch_size, stride: of the patches; stride defaults to patch_size, a smaller one overlaps them.
+        in_chans, num_classes: of the image and of the classifier (0: none).
+        global_pool: ``bilateral_flatten`` (first and last token side by side), ``bilateral_avg`` (their
+            mean), ``avg``, ``first``, or ``''`` for the map.
+        embed_dim, depth: width and number of blocks (pairs of sub-blocks if ``paired``).
+        num_heads, expansion, qkv_block_width: of each mLSTM layer.
+        paired: blocks are pairs of a forward and a backward sub-block, else single ones in turn.
+        conv_kind, conv_kernel_size: ``2d`` (odd kernel) or ``causal1d``.
+        proj_bias, norm_bias: biases of the projections and of the norms inside blocks and behind them.
+        final_norm, norm_eps: the norm behind the last block.
+        fc_norm, fc_norm_eps: a LayerNorm between pooling and classifier.
+        drop_rate, drop_path_rate, drop_path_decay: dropout before the classifier; stochastic depth, the
+            same at each depth unless drop_path_decay has it grow from 0.
+        init_mode: ``original`` (as the official models were trained) or ``original-fixed`` (its scale
+            divided by the number of sub-blocks, as was intended).
+        dynamic_img_size, dynamic_img_pad: take images of any size; pad them to whole patches.
+
+    Raises:
+        ValueError: options that are not known or do not fit together.
+    """
+
+    __jit_unused_properties__ = ("head_hidden_size",)
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        stride: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "bilateral_flatten",
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 4,
+        expansion: int = 2,
+        qkv_block_width: int = 4,
+        paired: bool = True,
+        conv_kind: str = "2d",
+        conv_kernel_size: int = 3,
+        proj_bias: bool = True,
+        norm_bias: bool = True,
+        final_norm: bool = True,
+        norm_eps: float = 1e-6,
+        fc_norm: bool = True,
+        fc_norm_eps: float = 1e-5,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_decay: bool = False,
+        init_mode: str = "original",
+        dynamic_img_size: bool = True,
+        dynamic_img_pad: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        _check("global_pool", global_pool, POOLS)
+        _check("conv_kind", conv_kind, CONVOLUTIONS)
+        _check("init_mode", init_mode, INITS)
+        if conv_kind == "2d" and conv_kernel_size % 2 == 0:
+            raise ValueError(f"conv_kernel_size={conv_kernel_size}: a 2d convolution needs an odd one")
+        inner = expansion * embed_dim
+        if inner % num_heads or inner % qkv_block_width:
+            raise ValueError(
+                f"the inner width expansion * embed_dim = {inner} must be a multiple of "
+                f"num_heads={num_heads} and of qkv_block_width={qkv_block_width}"
+            )
+        if depth < 1:
+            raise ValueError(f"depth={depth}; pass at least 1")
+        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
+        check_table(img_size, patch_size)
+        self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
+        self.num_features = self.embed_dim = embed_dim
+        self.paired, self.init_mode, self.dynamic_img_size = paired, init_mode, dynamic_img_size
+        self.output_fmt, self.grad_checkpointing = "NHWC", False
+
+        stride = patch_size if stride is None else to_2tuple(stride)
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, dynamic_img_pad, **dd
+        )
+        self.pos_embed = nn.Parameter(torch.empty(1, *self.patch_embed.grid_size, embed_dim, **dd))
+        rates = [drop_path_rate] * depth
+        if drop_path_decay:
+            rates = [drop_path_rate * j / max(depth - 1, 1) for j in range(depth)]
+        block = dict(
+            dim=embed_dim,
+            num_heads=num_heads,
+            expansion=expansion,
+            block_width=qkv_block_width,
+            conv_kind=conv_kind,
+            conv_kernel_size=conv_kernel_size,
+            proj_bias=proj_bias,
+            norm_bias=norm_bias,
+            **dd,
+        )
+        if paired:
+            blocks = [ViLBlockPair(drop_path=rate, **block) for rate in rates]
+        else:
+            blocks = [ViLBlock(drop_path=rate, reverse=j % 2 == 1, **block) for j, rate in enumerate(rates)]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.Identity()
+        if final_norm:
+            self.norm = LayerNorm(embed_dim, norm_bias, norm_eps, residual_weight=True).to(**dd)
+        self.feature_info = [
+            {"module": f"blocks.{j}", "num_chs": embed_dim, "reduction": max(stride)} for j in range(depth)
+        ]
+        width = self.head_hidden_size
+        self.fc_norm = nn.LayerNorm(width, eps=fc_norm_eps, **dd) if fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        if self.pos_embed.device.type != "meta":
+            self.init_weights()
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the classifier sees: 2 d for ``bilateral_flatten``, else d."""
+        return self.num_features * (2 if self.global_pool == "bilateral_flatten" else 1)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise every parameter as the official code does (which needs no reset of modules before)."""
+        trunc_normal_(self.pos_embed, std=0.02)
+        self.patch_embed.reset_parameters()
+        layers = [module for module in self.modules() if isinstance(module, ViLLayer)]
+        for layer in layers:
+            layer.reset_parameters(len(layers) if self.init_mode == "original-fixed" else 1)
+        for module in self.modules():
+            if isinstance(module, LayerNorm | nn.LayerNorm):
+                module.reset_parameters()
+        if isinstance(self.head, nn.Linear):
+            _init_head(self.head)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Stem, one group a block, final norm: a pair of sub-blocks shares the rate of layer decay."""
+        return {
+            "stem": r"^pos_embed|^patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier; a pooling of another width also takes a new fc_norm."""
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        if global_pool is not None:
+            _check("global_pool", global_pool, POOLS)
+            self.global_pool = global_pool
+            old, width = self.fc_norm, self.head_hidden_size
+            if isinstance(old, nn.LayerNorm) and old.normalized_shape != (width,):
+                self.fc_norm = nn.LayerNorm(width, eps=old.eps, **dd).train(self.training)
+                self.fc_norm.requires_grad_(old.weight.requires_grad)
+        self.head = nn.Identity()
+        if num_classes > 0:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **dd)
+            if self.head.weight.device.type != "meta":
+                _init_head(self.head)
+        self.head.train(self.training)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size=None, patch_size=None) -> None:
+        """Another nominal size: the position table is resized, and the patch kernel resampled."""
+        self.patch_embed.set_input_size(img_size, patch_size)
+        rows, columns = self.patch_embed.grid_size
+        if self.pos_embed.shape[1:3] != (rows, columns):
+            with torch.no_grad():
+                table = resize_positions(self.pos_embed, rows, columns)
+            self.pos_embed = nn.Parameter(table, requires_grad=self.pos_embed.requires_grad)
+        reduction = self.patch_embed.feat_ratio()
+        self.feature_info = [dict(info, reduction=reduction) for info in self.feature_info]
+        _record_input_size(self, self.patch_embed.img_size, patch_size)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, height, width) -> (B, Y, X, d), normalised."""
+        x = add_positions(self.patch_embed(x), self.pos_embed)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return self.norm(x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """(B, Y, X, d) -> (B, d or 2 d), or the map itself."""
+        if self.global_pool == "avg":
+            return x.mean((1, 2))
+        if self.global_pool == "first":
+            return x[:, 0, 0]
+        if self.global_pool == "bilateral_avg":
+            return (x[:, 0, 0] + x[:, -1, -1]) / 2
+        if self.global_pool == "bilateral_flatten":
+            return torch.cat([x[:, 0, 0], x[:, -1, -1]], -1)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.head_drop(self.fc_norm(self.pool(x)))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]] | dict:
+        """Maps behind blocks, each (B, d, Y, X), or (B, Y, X, d) or (B, N, d) with output_fmt NHWC or NLC.
+
+        Args:
+            indices: the last n blocks, those of a list (negative ones from the end), or None for all.
+            norm: put them through the final norm.
+            stop_early: leave out the blocks behind the last one that is wanted, and the final norm.
+            intermediates_only: return the list, else also the result of `forward_features`.
+            output_dict: return both by name: image_features, image_intermediates.
+        """
+        _check("output_fmt", output_fmt, ("NCHW", "NHWC", "NLC"))
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        x = add_positions(self.patch_embed(x), self.pos_embed)
+        maps = []
+        for j, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            if j in wanted:
+                maps.append(self.norm(x) if norm else x)
+        if output_fmt == "NCHW":
+            maps = [y.permute(0, 3, 1, 2).contiguous() for y in maps]
+        elif output_fmt == "NLC":
+            maps = [y.flatten(1, 2) for y in maps]
+        if intermediates_only and not output_dict:
+            return maps
+        complete = not stop_early or last == len(self.blocks) - 1
+        if output_dict:
+            result = {"image_intermediates": maps}
+            if not intermediates_only:
+                result["image_features"] = self.norm(x) if complete else x
+            return result
+        return (self.norm(x) if complete else x), maps
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks behind the last of ``indices``, classifier and norm; returns the indices."""
+        wanted, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return wanted
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+
+
+def _init_head(head: nn.Linear) -> None:
+    trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+
+
+def _record_input_size(model: nn.Module, img_size: tuple[int, int], patch_size) -> None:
+    """Where timm keeps what a model was changed to (newer versions do)."""
+    try:
+        from timm.models._input import update_model_input_size
+    except ImportError:
+        return
+    update_model_input_size(model, img_size, patch_size=patch_size)
+
+
+def _cfg(file: str | None, top1: float, stride: int = 16, **kwargs) -> dict:
+    """A pretrained configuration: ``file`` at the official address, its accuracy in the description."""
+    side = (224 - 16) // stride + 1
+    return {
+        "url": f"https://ml.jku.at/research/vision_lstm/download/{file}.th" if file else "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (side, side),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+        "description": f"ImageNet-1K top-1 {top1} % at 224 px, as published",
+        "origin_url": "https://github.com/NX-AI/vision-lstm",
+        "paper_name": "Vision-LSTM: xLSTM as Generic Vision Backbone",
+        "paper_ids": "arXiv:2406.04303",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vil_tiny_patch16_224.e800_in1k": _cfg("vil_tiny16_e800_in1k", 77.3),
+        "vil_tiny_patch16_224.e400_in1k": _cfg("vil_tiny16_e400_in1k", 76.1),
+        "vil_tinyplus_patch16_224.e800_in1k": _cfg("vil_tinyplus16_e800_in1k", 78.1),
+        "vil_tinyplus_patch16_224.e400_in1k": _cfg("vil_tinyplus16_e400_in1k", 77.2),
+        "vil_small_patch16_224.e400_in1k": _cfg("vil_small16_e400_in1k", 80.7),
+        "vil_smallplus_patch16_224.e400_in1k": _cfg("vil_smallplus16_e400_in1k", 80.9),
+        "vil_base_patch16_224.e400_in1k": _cfg("vil_base16_e400_in1k", 81.6),
+        # accuracy published, weights not: the official entry of this name fetches those of stride 16
+        "vil_tinyplus_patch16_stride8_224.untrained": _cfg(None, 80.0, stride=8),
+        "vil_smallplus_patch16_stride8_224.e400_in1k": _cfg(
+            "vil_smallplus16_e400_in1k_stride8", 82.2, stride=8
+        ),
+        "vil_base_patch16_stride8_224.e400_in1k": _cfg("vil_base16_e400_in1k_stride8", 82.7, stride=8),
+        "vil2_tiny_patch16_224.e800_in1k": _cfg("vil2_tiny16_e800_in1k", 78.3),
+        "vil2_tiny_patch16_224.e400_in1k": _cfg("vil2_tiny16_e400_in1k", 77.2),
+        "vil2_small_patch16_224.e400_in1k": _cfg("vil2_small16_e400_in1k", 81.5),
+        "vil2_base_patch16_224.e400_in1k": _cfg("vil2_base16_e400_in1k", 82.4),
+    }
+)
+
+GENERATION_1 = {
+    "global_pool": "bilateral_avg",
+    "paired": False,
+    "conv_kind": "causal1d",
+    "conv_kernel_size": 4,
+    "proj_bias": False,
+    "norm_bias": False,
+    "norm_eps": 1e-5,
+    "fc_norm_eps": 1e-6,
+}
+
+
+def _create_vil(variant: str, pretrained: bool = False, **kwargs) -> VisionLSTM:
+    return build_model_with_cfg(
+        VisionLSTM,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
+@register_model
+def vil_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=192, depth=24)
+    return _create_vil("vil_tiny_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_tinyplus_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=192, depth=29)
+    return _create_vil("vil_tinyplus_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=384, depth=24)
+    return _create_vil("vil_small_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_smallplus_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=384, depth=26)
+    return _create_vil("vil_smallplus_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=768, depth=24)
+    return _create_vil("vil_base_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_tinyplus_patch16_stride8_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=192, depth=29, stride=8)
+    return _create_vil("vil_tinyplus_patch16_stride8_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_smallplus_patch16_stride8_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=384, depth=26, stride=8)
+    return _create_vil("vil_smallplus_patch16_stride8_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil_base_patch16_stride8_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = dict(GENERATION_1, embed_dim=768, depth=24, stride=8)
+    return _create_vil("vil_base_patch16_stride8_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil2_tiny_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = {"embed_dim": 192, "depth": 12}
+    return _create_vil("vil2_tiny_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil2_small_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = {"embed_dim": 384, "depth": 12}
+    return _create_vil("vil2_small_patch16_224", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vil2_base_patch16_224(pretrained: bool = False, **kwargs) -> VisionLSTM:
+    model_args = {"embed_dim": 768, "depth": 12}
+    return _create_vil("vil2_base_patch16_224", pretrained, **dict(model_args, **kwargs))
