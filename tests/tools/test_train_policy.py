@@ -165,7 +165,7 @@ def test_a_camera_without_any_reading_is_refused(demos, tmp_path, value):
 
 def test_a_camera_out_of_the_depth_range_is_refused(demos, tmp_path):
     far = with_depth(demos, tmp_path / "far.hdf5", lambda depth, number: depth * 1000)
-    message = r"no valid reading within policy.depth_range \(0.01, 5.0\) .*looks like millimetres"
+    message = r"no valid reading within policy.depth_range \(0.01, 5.0\) .*look like millimetres"
     with pytest.raises(ValueError, match=message):
         train(far, tmp_path / "run", "--policy.depth_range", "[0.01, 5.0]")
 
@@ -173,7 +173,7 @@ def test_a_camera_out_of_the_depth_range_is_refused(demos, tmp_path):
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda depth, number: depth * (1000 if number == 1 else 1), "looks like millimetres"),
+        (lambda depth, number: depth * (1000 if number == 1 else 1), "look like millimetres"),
         (lambda depth, number: depth * (number != 1), "no pixel has a reading"),
         (lambda depth, number: depth * (-1 if number == 1 else 1), "no pixel has a reading"),
     ],
