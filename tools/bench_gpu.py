@@ -39,7 +39,7 @@ EXTREME = 2e-4  # float32 with gates of +-30
 LOOSER = {"dm0": 2, "dn0": 2}  # sums over all features that cancel, of rounded products
 RNN_BFLOAT16 = 2e-2  # h is rounded to bfloat16 at every step
 BYTES_PER_SECOND, FLOPS = 3.0e12, 790e12  # an H100's: the floors of every table
-SECTIONS = ("check", "mlstm", "tfla", "step", "rnn", "vil", "graphs")
+SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "vil", "rnn")
 PEERS = ("mlstm-kernels", "flash-linear-attention", "flashrnn", "timm")
 TOKENS = 65_536
 
@@ -352,7 +352,7 @@ def _mlstm_contenders(run: Run, shape: bench_mlstm.Shape, *, peers: bool = True)
     dense = [x.detach().contiguous().requires_grad_() for x in given]
     for gate in ("exp", "sigmoid"):
         for path in bench_mlstm.peer_paths(shape, run.device, dtype, gate):
-            if "limit_chunk" not in path.name:
+            if "limit_chunk" not in path.name and not path.name.endswith("chunk 64"):
                 contenders.append(Contender(path.name, functools.partial(path.cell, *dense), dense))
     if (path := bench_mlstm.simple_gla()) is not None:
         theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in given]
@@ -387,8 +387,12 @@ def bench_tfla(run: Run) -> None:
     for steps in (24,) if run.toy else (512, 1024, 2048, 4096, 8192, 16384, 65536):
         tokens, heads, dims = (48, 1, (16, 32)) if run.toy else (TOKENS, 8, (256, 512))
         shape = bench_mlstm.Shape(f"TFLA {steps}", tokens // steps, heads, steps, *dims)
-        if run.left(shape.name, 20):
-            bench_mlstm_shape(run, "tfla", shape, _mlstm_contenders(run, shape))
+        slow = steps in (2048, 8192)  # mlstm-kernels compiles for every length, a minute each
+        if run.left(shape.name, 60 if slow else 20):
+            contenders = _mlstm_contenders(run, shape)
+            if not slow:
+                contenders = [x for x in contenders if "mlstm-kernels" not in x.name]
+            bench_mlstm_shape(run, "tfla", shape, contenders)
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -463,7 +467,7 @@ def bench_vil(run: Run) -> None:
         for resolution in resolutions:
             if run.toy and (compiled or size != "tiny" or resolution != 224):
                 continue
-            if compiled and resolution != 224:
+            if compiled and (size, resolution) != ("tiny", 224):
                 continue
             what = f"{size} {resolution}{', compiled' if compiled else ''}"
             if not run.left(f"vil {what}", 100 if compiled else 25):
