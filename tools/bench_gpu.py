@@ -39,7 +39,7 @@ EXTREME = 2e-4  # float32 with gates of +-30
 LOOSER = {"dm0": 2, "dn0": 2}  # sums over all features that cancel, of rounded products
 RNN_BFLOAT16 = 2e-2  # h is rounded to bfloat16 at every step
 BYTES_PER_SECOND, FLOPS = 3.0e12, 790e12  # an H100's: the floors of every table
-SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "vil", "rnn")
+SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "vil", "rnn", "peers")
 PEERS = ("mlstm-kernels", "flash-linear-attention", "flashrnn", "timm")
 TOKENS = 65_536
 
@@ -333,7 +333,8 @@ def bench_mlstm_shape(run: Run, section: str, shape: bench_mlstm.Shape, contende
     run.add(section, shape.name, **figures)
 
 
-def _mlstm_contenders(run: Run, shape: bench_mlstm.Shape, *, peers: bool = True) -> list[Contender]:
+def _mlstm_contenders(run: Run, shape: bench_mlstm.Shape, *, kernels: bool = False) -> list[Contender]:
+    """Ours, attention and simple_gla; or, where ``kernels``, ours and mlstm-kernels."""
     dtype = torch.bfloat16
     layout = (shape.batch, shape.steps, shape.heads)
     random = functools.partial(torch.randn, device=run.device)
@@ -346,14 +347,14 @@ def _mlstm_contenders(run: Run, shape: bench_mlstm.Shape, *, peers: bool = True)
         Contender("vilma exp", lambda: mlstm(*given, backend=backend), given),
         Contender("vilma sigmoid", lambda: mlstm(*given, gate="sigmoid", backend=backend), given),
     ]
+    if kernels:
+        dense = [x.detach().contiguous().requires_grad_() for x in given]
+        paths = [bench_mlstm.peer_paths(shape, run.device, dtype, gate) for gate in ("exp", "sigmoid")]
+        chosen = [x for x in itertools.chain(*paths) if "xl_chunk" in x.name and x.name.endswith("chunk 128")]
+        return ours + [Contender(x.name, functools.partial(x.cell, *dense), dense) for x in chosen]
     contenders = ours + list(bench_mlstm.attention(shape, given))
-    if run.toy or not peers:
+    if run.toy:
         return contenders
-    dense = [x.detach().contiguous().requires_grad_() for x in given]
-    for gate in ("exp", "sigmoid"):
-        for path in bench_mlstm.peer_paths(shape, run.device, dtype, gate):
-            if "limit_chunk" not in path.name and not path.name.endswith("chunk 64"):
-                contenders.append(Contender(path.name, functools.partial(path.cell, *dense), dense))
     if (path := bench_mlstm.simple_gla()) is not None:
         theirs = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in given]
         contenders.append(Contender("fla simple_gla", functools.partial(path.cell, *theirs), theirs))
@@ -387,14 +388,19 @@ def bench_tfla(run: Run) -> None:
     for steps in (24,) if run.toy else (512, 1024, 2048, 4096, 8192, 16384, 65536):
         tokens, heads, dims = (48, 1, (16, 32)) if run.toy else (TOKENS, 8, (256, 512))
         shape = bench_mlstm.Shape(f"TFLA {steps}", tokens // steps, heads, steps, *dims)
-        slow = steps in (2048, 8192)  # mlstm-kernels compiles for every length, a minute each
-        if run.left(shape.name, 60 if slow else 20):
-            contenders = _mlstm_contenders(run, shape)
-            if not slow:
-                contenders = [x for x in contenders if "mlstm-kernels" not in x.name]
-            bench_mlstm_shape(run, "tfla", shape, contenders)
+        if run.left(shape.name, 20):
+            bench_mlstm_shape(run, "tfla", shape, _mlstm_contenders(run, shape))
             if run.device.type == "cuda":
                 torch.cuda.empty_cache()
+
+
+def bench_peers(run: Run) -> None:
+    """mlstm-kernels, last: it compiles anew for every length, minutes at some head sizes."""
+    shapes = {"ViL-S 224, batch 256": (256, 4, 196, 192, 192), "TFLA 8192": (8, 8, 8192, 256, 512)}
+    for name, sizes in shapes.items():
+        if not run.toy and run.left(f"peers {name}", 90):
+            shape = bench_mlstm.Shape(name, *sizes)
+            bench_mlstm_shape(run, "peers", shape, _mlstm_contenders(run, shape, kernels=True))
 
 
 def bench_step(run: Run) -> None:
@@ -558,6 +564,7 @@ BENCHES: dict[str, Callable[[Run], None]] = {
     "rnn": bench_rnn,
     "vil": bench_vil,
     "graphs": bench_graphs,
+    "peers": bench_peers,
 }
 
 

@@ -143,20 +143,6 @@ def backward(
         return _backward(grads, q, k, v, i, f, state, starts, last, saved, form)
 
 
-def mlstm_chunkwise(
-    q, k, v, i, f, state, reset, gate, normalize, reverse, return_state, chunk_size, eps
-) -> tuple[Tensor, tuple | None]:
-    """TODO goes when nothing measures against this name: `vilma.xlstm.mlstm` with backend="torch"."""
-    from .mlstm import MLSTMState, mlstm
-
-    state = None if state[0] is None else MLSTMState(*state)
-    options = {"gate": gate, "normalize": normalize, "reverse": reverse, "reset": reset, "eps": eps}
-    h, last = mlstm(
-        q, k, v, i, f, state, return_state=True, chunk_size=chunk_size, backend="torch", **options
-    )
-    return h, tuple(last) if return_state else None
-
-
 def step(
     q: Tensor, k: Tensor, v: Tensor, i: Tensor, f: Tensor, state: Sequence[Tensor | None], form: Form
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:

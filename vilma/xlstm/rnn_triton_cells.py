@@ -125,13 +125,13 @@ def advance_planes(x0, x1, x2, x3, h, c, n, m, CELL: tl.constexpr, FINE: tl.cons
 
 @triton.jit
 def retreat(
-    p0, p1, p2, p3, p4, p5, dh, dc, dn, mu, may_be_below, CELL: tl.constexpr, MU: tl.constexpr,
+    p0, p1, p2, p3, p4, p5, dh, dc, dn, mu, first, CELL: tl.constexpr, MU: tl.constexpr,
     FINE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x0, ..., x3; of h where it is read other than through r; and of c, n and mu before.
 
-    mu is the gradient of m at fixed c exp(m) and n exp(m): see `rnn_torch`. Elements of n that are below 1
-    before the maximum stop the gradient; only at a step where ``may_be_below``.
+    mu is the gradient of m at fixed c exp(m) and n exp(m): see `rnn_torch`. Where F n + I is below 1
+    n stops the gradient; that happens at the first step only, with a state that was given.
     """
     d0, d1, d2, d3, direct = dh, dh, dh, dh, tl.zeros_like(dh)
     if CELL == SLSTM:
@@ -144,7 +144,7 @@ def retreat(
         dc += dh * to_c
         dn -= dh * to_c * ratio
         if MU:
-            below = (n_next < 1.0) & may_be_below
+            below = n_next < tl.where(first, 1.0, float("-inf"))
             mu += tl.where(below, dn, 0.0)
             dn = tl.where(below, 0.0, dn)
         d0 = (dc * p1 + dn) * i_gate

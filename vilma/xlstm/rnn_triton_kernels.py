@@ -252,7 +252,7 @@ def forward_resident(
         h, c, n, m = advance(x0, x1, x2, x3, h, c, n, m, CELL, FINE)
         tl.store(h_b + t * heads * D, h.to(H.dtype.element_ty), mask=mask)
         if RESET:
-            live = (b < B) & (s + 1 < T)
+            live = b < tl.where(s + 1 < T, B, 0)
             begins = tl.load(STARTS + b * T + _time(s + 1, T, REVERSE), mask=live, other=0)[:, None] != 0
             h, c, n, m = either(begins, zero, zero, zero, zero, h, c, n, m)
         y0, y1, y2, y3 = products(_rounded(h, H, UPCAST), r0, r1, r2, r3, b0, b1, b2, b3, CELL, PRECISION)
@@ -302,7 +302,7 @@ def backward_resident(
         if HAS_DH:
             dh += tl.load(DH + h_at + t * heads * D, mask=mask, other=0.0).to(tl.float32)
         d0, d1, d2, d3, direct, dc, dn, mu = retreat(
-            p0, p1, p2, p3, p4, p5, dh, dc, dn, mu, (s == 0) & HAS_STATE, CELL, MU, FINE
+            p0, p1, p2, p3, p4, p5, dh, dc, dn, mu, s == 0, CELL, MU, FINE
         )
         d0, d1 = _rounded(d0, DWX, UPCAST), _rounded(d1, DWX, UPCAST)
         d2, d3 = _rounded(d2, DWX, UPCAST), _rounded(d3, DWX, UPCAST)

@@ -240,7 +240,7 @@ def backward_tiled(
             # only the GRU has a second way from h to h, else this is the gradient of the last state
             given = mask
             if CELL != GRU:
-                given = mask & (s == T - 1)
+                given = (b < tl.where(s == T - 1, B, 0))[:, None] & (d < D)[None, :]
             dh = tl.load(DIRECT + at, mask=given, other=0.0)
             if s < T - 1:
                 through = _back(
@@ -266,7 +266,7 @@ def backward_tiled(
                     dh += tl.load(DH + at_t * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
                 p0, p1, p2, p3, p4, p5 = load_planes(PLANES + at_t * (PARTS * D) + d[None, :], mask, D, CELL)
                 d0, d1, d2, d3, direct, dc, dn, mu = retreat(
-                    p0, p1, p2, p3, p4, p5, dh, dc, dn, mu, (s == 0) & HAS_STATE, CELL, MU, FINE
+                    p0, p1, p2, p3, p4, p5, dh, dc, dn, mu, s == 0, CELL, MU, FINE
                 )
                 gates = x_b + t * sxt * ALIGN + d[None, :]
                 store_gates(gates, sxg * ALIGN, mask, d0, d1, d2, d3, CELL)
