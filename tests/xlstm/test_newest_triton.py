@@ -1,4 +1,4 @@
-"""The mLSTM's Triton kernels on the newest Triton that is published, which the lock file does not have.
+"""The Triton kernels on the newest Triton that is published, which the lock file does not have.
 
 Only triton is newer here: it lies in a folder of its own in front of the installed packages.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from . import test_rnn_triton as rnn
 from .test_mlstm_triton import FAST, LIMITS, PRODUCTS, check, faults, limit_of, run
 
 pytestmark = pytest.mark.long
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.long
 NO_NETWORK = ("error sending request", "connection", "offline")
 # Tiles were chosen to spill nothing on the pinned Triton; another one allocates a little differently.
 SPILLS = 40
+CELL_SPILLS = 64  # four gates of 96 features fill the registers of the resident form
 SHAPES = [
     {"steps": 4096, "state": True},
     {"steps": 4096, "dim_qk": 256, "dim_v": 512, "kernels": PRODUCTS},
@@ -85,4 +87,21 @@ def test_compiled_by_the_newest_triton(packages, target):
     found = [json.loads(line) for line in lines]
     assert {x["kernel"] for x in found} >= {"carry", "carry_backward", "forward_tile", "grad_q_tile", "gates"}
     wrong = [f"{faults(x, SPILLS)}: {x}" for x in found if faults(x, SPILLS)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_interpreter_of_the_cells_on_the_newest_triton(packages):
+    cases = list(rnn.FAST.values())
+    for case, found in zip(cases, rnn.ratios(cases, packages=packages), strict=True):
+        check(case, found, rnn.limit_of(case))
+
+
+@pytest.mark.parametrize("target", rnn.LIMITS)
+def test_cells_compiled_by_the_newest_triton(packages, target):
+    jobs = [job for job in rnn.jobs_for(target) if job.get("cell", "slstm") == "slstm"]
+    lines = run("rnn_triton_compile.py", jobs, packages=packages).stdout.splitlines()
+    print("\n".join(lines))
+    found = [json.loads(line) for line in lines]
+    assert {x["kernel"] for x in found} >= {"forward_resident", "backward_resident", "forward_tiled"}
+    wrong = [f"{rnn.faults(x, CELL_SPILLS)}: {x}" for x in found if rnn.faults(x, CELL_SPILLS)]
     assert not wrong, "\n".join(wrong)
