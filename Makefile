@@ -15,7 +15,7 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean show-house show-mlstm bench test-timm show-vil
+.PHONY: setup system demo test test-long lint format lock wheel clean show-house show-mlstm bench test-timm show-vil show-rnn
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -79,6 +79,9 @@ show-mlstm: setup
 
 show-vil: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-vil
+
+show-rnn: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-rnn
 
 bench: setup
 	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm

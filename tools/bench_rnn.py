@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vilma.bench import BOTH, FORWARD, Contender, describe, json_line, measure
+from vilma.bench import BOTH, FORWARD, Contender, Result, describe, interleave, json_line, measure
 from vilma.report import source_commit
 from vilma.testing import rms_ratio
 from vilma.tools.bench_mlstm import as_rows, time_of
-from vilma.xlstm import rnn
+from vilma.xlstm import rnn, xlstm_stack
 from vilma.xlstm.rnn_naive import CELLS
 from vilma.xlstm.rnn_operators import backend_for
 
@@ -32,6 +32,9 @@ EPILOG = """\
 shapes, as (batch, heads, steps, head size):
 {shapes}
 or one of your own: 8,4,196,96
+
+"stack_step" is one step of an xLSTM[7:1] of 8 blocks and width 512, after a history of 16 and of 16,384
+steps; of the options it takes --batch, --device, --dtype and --rounds.
 
 "loop" indexes wx[:, t] and is quadratic in steps when it is differentiated, as public code is; "lean loop" is
 linear (unbind and stack). torch.nn has dense recurrence of the same width and its input projection inside.
@@ -46,6 +49,12 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 CHECKED_STEPS = 40
 OURS = ("vilma auto",)
 LOOPS = ("loop", "lean loop")
+STACK_STEP = "stack_step"
+PATTERN, WIDTH, BLOCKS = "7:1", 512, 8
+HISTORIES = (16, 16_384)
+PREFILL = 1024  # steps at once
+# RMS ratio that a step may have to the sequence form
+STEP_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
@@ -85,27 +94,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
     dtype = DTYPES[options.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    shapes = [_shape(name, options.batch) for name in options.shapes or _default_shapes(device)]
+    names = options.shapes or _default_shapes(device)
+    shapes = [None if name == STACK_STEP else _shape(name, options.batch) for name in names]
     command = shlex.join(["vilma", "bench-rnn", *(sys.argv[1:] if arguments is None else arguments)])
     contenders = [*(f"vilma {name}" for name in options.backend), *LOOPS, "torch.nn", "flashrnn"]
     lines = []
     for shape in shapes:
+        shared = {
+            "rounds": options.rounds,
+            "command": command,
+            "say": (lambda text: None) if options.quiet else _say,
+        }
         try:
-            line = bench(
-                shape,
-                options.cell,
-                device,
-                dtype,
-                contenders=options.only or contenders,
-                rounds=options.rounds,
-                command=command,
-                say=(lambda text: None) if options.quiet else _say,
-            )
+            if shape is None:
+                line = bench_stack_step(device, dtype, batch=options.batch or 1, **shared)
+            else:
+                rows = options.only or contenders
+                line = bench(shape, options.cell, device, dtype, contenders=rows, **shared)
         except WrongResult as error:
             print(f"vilma bench-rnn: {error}", file=sys.stderr)
             return 1
         lines.append(line)
-        print_table(line)
+        (print_steps if shape is None else print_table)(line)
         print(json.dumps(line), flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -115,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     known = "\n".join(f"  {shape.name:<14}{shape.sizes}" for shape in SHAPES.values())
+    known += f"\n  {STACK_STEP:<14}(see below)"
     parser = argparse.ArgumentParser(
         prog="vilma bench-rnn",
         description=__doc__,
@@ -168,7 +179,7 @@ def bench(
     for name, run in runs.items():
         say(f"checking {name}")
         errors[name] = errors_of(run, shape, cell, device, dtype)
-    _refuse_wrong(errors, dtype)
+    _refuse_wrong(errors, dtype, TOLERANCES[dtype])
     if "flashrnn" in contenders:
         for name, run in flashrnn_runs(cell, device):
             say(f"checking {name}")
@@ -203,6 +214,74 @@ def bench(
         if found := errors.get(result["name"]):
             result["rms_ratios"] = {name: float(f"{x:.2g}") for name, x in found.items()}
             result["exact"] = all(x <= TOLERANCES[dtype] for x in found.values())
+    return line
+
+
+def bench_stack_step(
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    batch: int = 1,
+    width: int = WIDTH,
+    histories: Sequence[int] = HISTORIES,
+    rounds: int | None = None,
+    command: str = "",
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Check, then time one step of an xLSTM stack after each history; returns what the JSON line holds.
+
+    Args:
+        rounds: samples of each; 15 on a CPU and 30 elsewhere when None.
+
+    Raises:
+        WrongResult: a step differs from the sequence form at the same place; nothing was timed.
+    """
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        stack = xlstm_stack(width, BLOCKS, PATTERN).to(device, dtype).eval()
+    runs: dict[str, Callable[[], Any]] = {}
+    errors = {}
+    with torch.no_grad():
+        x_t = normal(batch, width)
+        for history in histories:
+            name = f"step after {history}"
+            say(f"checking {name}")
+            state = None
+            for begin in range(0, history, PREFILL):
+                part, before = normal(batch, min(PREFILL, history - begin), width), state
+                _, state = stack(part, before, return_state=True)
+            whole = stack(torch.cat((part, x_t[:, None]), 1), before)[:, -1]
+            y, _ = stack.step(x_t, state)
+            errors[name] = {"y": rms_ratio(y.cpu().double(), whole.cpu().double())}
+            runs[name] = lambda state=state: stack.step(x_t, state)
+        _refuse_wrong(errors, dtype, STEP_TOLERANCES[dtype], "the sequence form")
+        rounds = rounds or (15 if device.type == "cpu" else 30)
+        say(f"timing a step: {rounds} rounds of {len(runs)}")
+        times = interleave(runs, rounds=rounds, device=device)
+    results = {name: Result(name, {FORWARD: timing}) for name, timing in times.items()}
+    line = json.loads(
+        json_line(
+            results,
+            commit=source_commit(),
+            device=describe(device),
+            bench="rnn",
+            command=command,
+            cell=f"xlstm[{PATTERN}]",
+            shape=STACK_STEP,
+            sizes=(batch, width, BLOCKS),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+    )
+    for result, history in zip(line["results"], histories):
+        result["history"] = history
+        result["ours"] = result["exact"] = True
+        result["rms_ratios"] = {name: float(f"{x:.2g}") for name, x in errors[result["name"]].items()}
     return line
 
 
@@ -323,8 +402,9 @@ def _errors_of_peer(
         return {}
 
 
-def _refuse_wrong(errors: dict[str, dict[str, float]], dtype: torch.dtype) -> None:
-    limit = TOLERANCES[dtype]
+def _refuse_wrong(
+    errors: dict[str, dict[str, float]], dtype: torch.dtype, limit: float, reference: str = "float64"
+) -> None:
     wrong = [
         f"{row} {name} {error:.1e}"
         for row, found in errors.items()
@@ -333,7 +413,7 @@ def _refuse_wrong(errors: dict[str, dict[str, float]], dtype: torch.dtype) -> No
     ]
     if wrong:
         raise WrongResult(
-            "wrong against float64, so nothing is timed; RMS ratios above "
+            f"wrong against {reference}, so nothing is timed; RMS ratios above "
             f"{limit:.0e} ({str(dtype).removeprefix('torch.')}): {', '.join(wrong)}"
         )
 
@@ -403,6 +483,19 @@ def print_table(line: dict[str, Any]) -> None:
     console.print(table) if console.is_terminal else Console(width=130).print(table)
 
 
+def print_steps(line: dict[str, Any]) -> None:
+    results, device = line["results"], line["device"]
+    batch, width, blocks = line["sizes"]
+    where = device["device"] + (", 1 thread" if device["type"] == "cpu" else "")
+    print(
+        f"step of {line['cell']}, {blocks} blocks of width {width}, batch {batch}, {line['dtype']}, {where}"
+    )
+    for result in results:
+        took = time_of(result, FORWARD)
+        over = took / time_of(results[0], FORWARD)
+        print(f"  {result['name']:<20}{took:8.3f} ms   x {over:.3f}")
+
+
 def _number(x: float) -> str:
     return "" if math.isnan(x) else f"{x:.3g}" if abs(x) < 100 else f"{x:.0f}"
 
@@ -412,7 +505,7 @@ def _say(text: str) -> None:
 
 
 def _default_shapes(device: torch.device) -> list[str]:
-    return [name for name in SHAPES if device.type != "cpu" or name != "dense_768"]
+    return [*(name for name in SHAPES if device.type != "cpu" or name != "dense_768"), STACK_STEP]
 
 
 def _shape(name: str, batch: int | None) -> Shape:
@@ -421,7 +514,7 @@ def _shape(name: str, batch: int | None) -> Shape:
     elif re.fullmatch(r"\d+(,\d+){3}", name):
         shape = Shape(name, *(int(x) for x in name.split(",")))
     else:
-        raise ValueError(f"shape {name!r}; known: {', '.join(SHAPES)}, or B,H,T,D")
+        raise ValueError(f"shape {name!r}; known: {', '.join(SHAPES)}, {STACK_STEP}, or B,H,T,D")
     return shape if batch is None else replace(shape, batch=batch)
 
 

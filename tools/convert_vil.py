@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vilma.extras import require_timm
 
@@ -92,10 +92,11 @@ def find_model(path: Path, checkpoint: Mapping[str, Any]) -> str:
         if Path(timm.models.get_pretrained_cfg(name).url).name == path.name:
             return name
     fitting = []
+    options = _options(checkpoint)
     for name in names:
         if "stride8" in name:
             continue
-        model = timm.create_model(name, device="meta")
+        model = timm.create_model(name, device="meta", **options)
         try:
             vilma.vil.checkpoint_filter_fn(checkpoint, model)
         except ValueError:
@@ -117,12 +118,10 @@ def convert(checkpoint: Mapping[str, Any], name: str, output: Path, source: str 
 
     import vilma.vil
 
-    if not timm.is_model(name):
-        known = ", ".join(timm.list_models("vil*"))
-        raise ValueError(f"{name!r} is not a registered model; choose one of {known}")
-    plain = vilma.vil.checkpoints.rename(checkpoint, _paired(name))
-    classes = plain["head.weight"].shape[0] if "head.weight" in plain else 0
-    options = {"num_classes": classes, "in_chans": _channels(plain)}
+    known = timm.list_models("vil*")
+    if name.partition(".")[0] not in known:
+        raise ValueError(f"{name!r} is not a registered model here; choose one of {', '.join(known)}")
+    options = _options(checkpoint)
     model = timm.create_model(name, **options).eval()
     weights = vilma.vil.checkpoint_filter_fn(checkpoint, model)
     model.load_state_dict(weights, strict=True)
@@ -175,14 +174,17 @@ def verify(
     return lines
 
 
-def _paired(name: str) -> bool:
-    return require_timm().create_model(name, device="meta").paired
+def _options(checkpoint: Mapping[str, Any]) -> dict[str, int]:
+    """Classes and channels; 0 and 3 where the checkpoint does not show them (it may then be refused)."""
+    import vilma.vil
 
-
-def _channels(weights: Mapping[str, Tensor]) -> int:
-    """Of the image; 3 where the checkpoint does not show them (it is then refused)."""
-    kernel = weights.get("patch_embed.proj.weight")
-    return kernel.shape[1] if kernel is not None and kernel.dim() == 4 else 3
+    # both generations have the same names for these two
+    weights = vilma.vil.checkpoints.rename(checkpoint, paired=True)
+    head, kernel = weights.get("head.weight"), weights.get("patch_embed.proj.weight")
+    return {
+        "num_classes": 0 if head is None else len(head),
+        "in_chans": kernel.shape[1] if kernel is not None and kernel.dim() == 4 else 3,
+    }
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ GROUPS = (
     ),
     Group("the layers of both families", ("tests/xlstm/test_layers.py", "tests/xlstm/test_blocks.py")),
     Group(
-        "Triton in the interpreter against float64",
+        "Triton in the interpreter against float64, chunks of 256 and 512 at heads 256/512 among it",
         (TRITON, OPERATORS, "-k", "interpreter or triton_through"),
     ),
     Group("Triton compiled for sm_80, sm_90, gfx942: no spills", (TRITON, "-k", "compiled_resources")),
@@ -78,6 +78,9 @@ def all_lines(quick: bool, rounds: int) -> Iterator[Line]:
         for name in ATTENTION:
             fresh[name] = bench(SHAPES[name], torch.device("cpu"), torch.float32, peers=peers, rounds=rounds)
     measured = cited | fresh
+    used = {name: line for name, line in cited.items() if name in ATTENTION and not peers_in(fresh.get(name))}
+    for file, command, commit in sorted({(x["file"], x["command"], x["commit"]) for x in used.values()}):
+        print(f"cited: {command} at {commit} ({file})", flush=True)
     for name in ATTENTION:
         yield attention_line(name, measured.get(name))
     for name in ATTENTION:
@@ -171,8 +174,8 @@ def path_of(peer: dict[str, Any]) -> str:
 
 
 def source(line: dict[str, Any]) -> str:
-    """Where a figure was read, nothing for one measured now."""
-    return f"; cited: {line['command']} at {line['commit']} ({line['file']})" if "file" in line else ""
+    """A mark behind a figure that was read, nothing behind one measured now."""
+    return " (cited)" if "file" in line else ""
 
 
 if __name__ == "__main__":

@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("_orig_mod.", "module.")
+_PREFIXES = re.compile(r"((_orig_mod|module|model)\.)+")  # of torch.compile, DataParallel, Lightning
+_HEAD = ("head.weight", "head.bias")
+_FC_NORM = ("fc_norm.weight", "fc_norm.bias")
 _DIRECTIONS = ("rowwise_from_top_left", "rowwise_from_bot_right")
 
 
@@ -33,8 +35,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """What of a checkpoint goes into ``model``, under its names; timm calls this before it loads.
 
     The position table is resized as the reference does (bicubic, no antialiasing) and the patch kernel
-    resampled where their sizes differ. The classifier is left out where the model has none; fc_norm is made
-    an identity where the model pools to another width. Whether the classifier fits is timm's to decide.
+    resampled where their sizes differ. A classifier that the model keeps must be there and fit, and with it
+    fc_norm. Where the model has none, or timm is about to drop the checkpoint's because it is of other
+    classes, both may be missing, and fc_norm may be of another pooling: its weight is then 1 and its bias 0,
+    which still normalises.
 
     Raises:
         ValueError: a checkpoint of another model. Nothing is loaded from it in part; the message lists what
@@ -42,6 +46,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """
     given = rename(state_dict, model.paired)
     wanted = model.state_dict()
+    keeps_head = _keeps_classifier(model, given)
+    optional = () if keeps_head else (*_HEAD, *_FC_NORM)
     loaded, wrong_shape = {}, {}
     for name, value in given.items():
         target = wanted.get(name)
@@ -51,18 +57,19 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             value = resize_positions(value, target.shape[1], target.shape[2])
         if name == "patch_embed.proj.weight" and value.dim() == 4 and value.shape[0] == target.shape[0]:
             value = _resample_patches(value, target)
-        elif name.startswith("fc_norm.") and value.shape != target.shape and _other_pooling(value, model):
-            continue
-        elif value.shape != target.shape and not name.startswith("head."):
+        elif value.shape != target.shape and name in optional and name in _FC_NORM:
+            if _other_pooling(value, model):
+                continue
+            wrong_shape[name] = f"{tuple(value.shape)} for {tuple(target.shape)}"
+        elif value.shape != target.shape and name not in optional:
             wrong_shape[name] = f"{tuple(value.shape)} for {tuple(target.shape)}"
         loaded[name] = value
-    optional = ("head.", "fc_norm.")  # dropped by reset_classifier(0) and by another pooling
-    missing = [name for name in wanted if name not in given and not name.startswith(optional)]
-    unexpected = [name for name in given if name not in wanted and not name.startswith(optional)]
+    missing = [name for name in wanted if name not in given and name not in optional]
+    unexpected = [name for name in given if name not in wanted and name not in optional]
     if missing or unexpected or wrong_shape:
         raise ValueError(_refusal(model, missing, unexpected, wrong_shape))
-    for name in wanted:
-        if name.startswith("fc_norm.") and name not in loaded:
+    for name in _FC_NORM:
+        if name in wanted and name not in loaded:
             loaded[name] = torch.ones_like(wanted[name]) if name.endswith("weight") else wanted[name] * 0
     return loaded
 
@@ -77,8 +84,8 @@ def rename(state_dict: Mapping[str, Any], paired: bool) -> dict[str, Tensor]:
             state_dict = state_dict[wrapper]
     tensors = {}
     for name, value in state_dict.items():
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
+        if match := _PREFIXES.match(name):
+            name = name[match.end() :]
         if isinstance(value, Tensor) and not name.endswith("causal_mask"):
             tensors[name] = value
     if any(name.startswith("xlstm.") for name in tensors):
@@ -117,7 +124,10 @@ def _layer(name: str) -> str:
 
 def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
     """A position table (1, ., ., d) at another grid: bicubic without antialiasing, as in the reference."""
-    if table.shape[1] == rows and table.shape[2] == columns:
+    # sizes that an export leaves open must not be compared: it would fix them (bicubic changes no bit of a
+    # table that has its size)
+    known = isinstance(rows, int) and isinstance(columns, int)
+    if known and table.shape[1] == rows and table.shape[2] == columns:
         return table
     maps = table.permute(0, 3, 1, 2).float()
     maps = F.interpolate(maps, size=(rows, columns), mode="bicubic", align_corners=False, antialias=False)
@@ -130,6 +140,19 @@ def _resample_patches(weight: Tensor, target: Tensor) -> Tensor:
     from timm.layers import resample_patch_embed
 
     return resample_patch_embed(weight, list(target.shape[2:]))
+
+
+def _keeps_classifier(model: nn.Module, given: Mapping[str, Tensor]) -> bool:
+    """Whether the classifier of a checkpoint is meant for the model's own.
+
+    timm drops it where its configuration names another number of classes than the model has.
+    """
+    if "head.weight" not in model.state_dict():
+        return False
+    configured = getattr(model, "pretrained_cfg", None) or {}
+    classes = [configured.get("num_classes", model.num_classes)]
+    classes += [len(given["head.weight"])] if "head.weight" in given else []
+    return model.num_classes in classes
 
 
 def _other_pooling(value: Tensor, model: nn.Module) -> bool:
@@ -145,7 +168,10 @@ def _refusal(model: nn.Module, missing: list, unexpected: list, wrong_shape: dic
     if wrong_shape:
         first = "; ".join(f"{key} {shapes}" for key, shapes in list(wrong_shape.items())[:4])
         lines += [f"of another shape: {first}{f'; and {len(wrong_shape) - 4} more' * (len(wrong_shape) > 4)}"]
-    lines += ["Create the model that it was made for (timm.list_models('vil*', pretrained=True) names them)."]
+    lines += [
+        "Create the model that it was made for (timm.list_models('vil*', pretrained=True) names them), with "
+        "its num_classes, global_pool and fc_norm, or without a classifier (num_classes=0)."
+    ]
     return "\n".join(lines)
 
 

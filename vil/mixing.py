@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from vilma.xlstm import mlstm
@@ -58,10 +59,22 @@ def mix(u: Tensor, weights: MixWeights, reverse: bool, eps: float) -> Tensor:
     """u (B, Y, X, 2 E) -> y (B, Y, X, E); ``reverse`` traverses the tokens from the last one on.
 
     eps: added to the variance of h. Gates are computed in float32 or better, the rest in u's dtype.
+
+    Raises:
+        RuntimeError: an input carries a tangent of forward-mode differentiation.
     """
     if torch.compiler.is_compiling() and u.is_cuda:
         return mix_plain(u, weights, reverse, eps)  # the compiler fuses what surrounds the mLSTM
-    return torch.ops.vilma.vil_mix(u, *weights, reverse, eps, torch.is_grad_enabled())[0]
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        _refuse_tangents(u, *weights)
+    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return torch.ops.vilma.vil_mix(u, *weights, reverse, eps, save)[0]
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """An operator without a rule for them drops them silently."""
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("vil_mix has no forward-mode derivative; call vilma.vil.mixing.mix_plain for it")
 
 
 def mix_plain(u: Tensor, weights: MixWeights, reverse: bool, eps: float) -> Tensor:

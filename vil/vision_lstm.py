@@ -42,6 +42,15 @@ class HeadwiseProjection(BlockDiagonalLinear):
     forward = torch.jit.unused(BlockDiagonalLinear.forward)
 
 
+class GateProjection(nn.Module):
+    """Holds the parameters of one gate, for H heads; `mix` applies them."""
+
+    def __init__(self, inner: int, num_heads: int, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, inner, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+
+
 class MLSTMCell(nn.Module):
     """Gates of the mLSTM and the norm behind it; `mix` applies them.
 
@@ -51,8 +60,8 @@ class MLSTMCell(nn.Module):
     def __init__(self, inner: int, num_heads: int, norm_bias: bool, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.igate = nn.Linear(3 * inner, num_heads, **dd)
-        self.fgate = nn.Linear(3 * inner, num_heads, **dd)
+        self.igate = GateProjection(3 * inner, num_heads, **dd)
+        self.fgate = GateProjection(3 * inner, num_heads, **dd)
         self.outnorm = LayerNorm(inner, bias=norm_bias, residual_weight=True).to(**dd)
 
     def reset_parameters(self) -> None:
@@ -60,12 +69,16 @@ class MLSTMCell(nn.Module):
         nn.init.normal_(self.igate.bias, std=0.1)
         nn.init.zeros_(self.fgate.weight)
         with torch.no_grad():
-            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, self.fgate.out_features))
+            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, len(self.fgate.bias)))
         self.outnorm.reset_parameters()
 
 
 class ViLLayer(nn.Module):
-    """The mLSTM layer (B, Y, X, d) -> (B, Y, X, d) in one direction of traversal."""
+    """The mLSTM layer (B, Y, X, d) -> (B, Y, X, d) in one direction of traversal.
+
+    Only proj_up and proj_down are called. What lies between them is one operator, for which conv, q_proj,
+    k_proj, v_proj and mlstm_cell hold the parameters: hooks on them and wrappers of them take no effect.
+    """
 
     def __init__(
         self,
@@ -84,7 +97,7 @@ class ViLLayer(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         inner = expansion * dim
-        self.reverse = reverse
+        self.reverse, self.head_norm_eps = reverse, 1e-5
         self.proj_up = nn.Linear(dim, 2 * inner, bias=proj_bias, **dd)
         conv, k = (nn.Conv2d if conv_kind == "2d" else nn.Conv1d), conv_kernel_size
         self.conv = conv(inner, inner, k, groups=inner, **dd)
@@ -130,9 +143,9 @@ class ViLLayer(nn.Module):
             self.learnable_skip,
         )
         if torch.jit.is_scripting():
-            y = torch.ops.vilma.vil_mix(u, *weights, self.reverse, 1e-5, False)[0]
+            y = torch.ops.vilma.vil_mix(u, *weights, self.reverse, self.head_norm_eps, False)[0]
         else:
-            y = mix(u, MixWeights(*weights), self.reverse, 1e-5)
+            y = mix(u, MixWeights(*weights), self.reverse, self.head_norm_eps)
         return self.proj_down(y)
 
 
@@ -188,6 +201,8 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.img_size, self.patch_size, self.stride = img_size, patch_size, stride
         self.dynamic_size, self.dynamic_pad = dynamic_size, dynamic_pad
+        self.stride_is_patch = stride == patch_size
+        check_sizes(img_size, patch_size, stride, dynamic_pad)
         self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, device=device, dtype=dtype)
 
     @property
@@ -205,23 +220,24 @@ class PatchEmbed(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """A stride that equalled the patch goes on doing so; another one is kept."""
-        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
-            old, patch_size = self.proj, to_2tuple(patch_size)
-            stride = patch_size if self.stride == self.patch_size else self.stride
+        """Patches built without overlap stay so; the stride of overlapping ones is kept."""
+        img_size = self.img_size if img_size is None else _pair("img_size", img_size)
+        patch_size = self.patch_size if patch_size is None else _pair("patch_size", patch_size)
+        stride = patch_size if self.stride_is_patch else self.stride
+        check_sizes(img_size, patch_size, stride, self.dynamic_pad)
+        if patch_size != self.patch_size:
+            old = self.proj
+            weight = resample_patch_embed(old.weight.detach(), list(patch_size))
             self.proj = nn.Conv2d(
                 old.in_channels, old.out_channels, patch_size, stride, **get_device_dtype(self)
             )
             with torch.no_grad():
-                self.proj.weight.copy_(resample_patch_embed(old.weight, list(patch_size)))
+                self.proj.weight.copy_(weight)
                 self.proj.bias.copy_(old.bias)
             self.proj.weight.requires_grad_(old.weight.requires_grad)
             self.proj.bias.requires_grad_(old.bias.requires_grad)
             self.proj.train(old.training)
-            self.patch_size, self.stride = patch_size, stride
-        if img_size is not None:
-            self.img_size = to_2tuple(img_size)
-        check_table(self.img_size, self.patch_size)
+        self.img_size, self.patch_size, self.stride = img_size, patch_size, stride
 
     def feat_ratio(self, as_scalar: bool = True):
         return max(self.stride) if as_scalar else self.stride
@@ -270,10 +286,19 @@ def check_size(size: int, patch: int, stride: int, name: str) -> None:
         )
 
 
-def check_table(img_size: Sequence[int], patch_size: Sequence[int]) -> None:
-    """The position table needs an entry along each axis."""
+def check_sizes(
+    img_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int], padded: bool
+) -> None:
+    """Raise a ValueError unless the position table has an entry along each axis and patches leave no gaps."""
     if any(size < patch for size, patch in zip(img_size, patch_size)):
-        raise ValueError(f"img_size={tuple(img_size)} is smaller than one patch of {tuple(patch_size)}")
+        raise ValueError(f"img_size={img_size} is smaller than one patch of {patch_size}")
+    if any(step > patch for step, patch in zip(stride, patch_size)):
+        raise ValueError(
+            f"stride={stride} would leave out pixels between patches of {patch_size}; pass at most patch_size"
+        )
+    if not padded:
+        for size, patch, step, name in zip(img_size, patch_size, stride, ("height", "width")):
+            check_size(size, patch, step, name)
 
 
 @register_notrace_function
@@ -347,6 +372,16 @@ class VisionLSTM(nn.Module):
         _check("global_pool", global_pool, POOLS)
         _check("conv_kind", conv_kind, CONVOLUTIONS)
         _check("init_mode", init_mode, INITS)
+        _check_counts(
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            expansion=expansion,
+            qkv_block_width=qkv_block_width,
+            conv_kernel_size=conv_kernel_size,
+        )
+        _check_classes(num_classes)
         if conv_kind == "2d" and conv_kernel_size % 2 == 0:
             raise ValueError(f"conv_kernel_size={conv_kernel_size}: a 2d convolution needs an odd one")
         inner = expansion * embed_dim
@@ -355,16 +390,13 @@ class VisionLSTM(nn.Module):
                 f"the inner width expansion * embed_dim = {inner} must be a multiple of "
                 f"num_heads={num_heads} and of qkv_block_width={qkv_block_width}"
             )
-        if depth < 1:
-            raise ValueError(f"depth={depth}; pass at least 1")
-        img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)
-        check_table(img_size, patch_size)
+        img_size, patch_size = _pair("img_size", img_size), _pair("patch_size", patch_size)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.embed_dim = embed_dim
         self.paired, self.init_mode, self.dynamic_img_size = paired, init_mode, dynamic_img_size
         self.output_fmt, self.grad_checkpointing = "NHWC", False
 
-        stride = patch_size if stride is None else to_2tuple(stride)
+        stride = patch_size if stride is None else _pair("stride", stride)
         self.patch_embed = PatchEmbed(
             img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, dynamic_img_pad, **dd
         )
@@ -426,11 +458,15 @@ class VisionLSTM(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Stem, one group a block, final norm: a pair of sub-blocks shares the rate of layer decay."""
-        return {
-            "stem": r"^pos_embed|^patch_embed",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
-        }
+        """Stem, pairs of a forward and a backward sub-block, head; the final norm is of the last pair.
+
+        Both sub-blocks of a pair share the rate of layer decay in either generation, as published.
+        """
+        blocks = [(r"^blocks\.(\d+)", None)]
+        if not self.paired:
+            count = len(self.blocks)
+            blocks = [(rf"^blocks\.(?:{j}|{j + 1})\.", (j // 2,)) for j in range(0, count, 2)]
+        return {"stem": r"^pos_embed|^patch_embed", "blocks": [*blocks, (r"^norm", (99999,))]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -444,9 +480,11 @@ class VisionLSTM(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new classifier; a pooling of another width also takes a new fc_norm."""
         dd = get_device_dtype(self)
-        self.num_classes = num_classes
+        _check_classes(num_classes)
         if global_pool is not None:
             _check("global_pool", global_pool, POOLS)
+        self.num_classes = num_classes
+        if global_pool is not None:
             self.global_pool = global_pool
             old, width = self.fc_norm, self.head_hidden_size
             if isinstance(old, nn.LayerNorm) and old.normalized_shape != (width,):
@@ -543,6 +581,15 @@ class VisionLSTM(nn.Module):
         return (self.norm(x) if complete else x), maps
 
     @torch.jit.ignore
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | list[int] = 1, reshape: bool = False, norm: bool = False
+    ) -> list[Tensor]:
+        """Maps behind the last n blocks or those of a list: (B, N, d), or (B, d, Y, X) with ``reshape``."""
+        return self.forward_intermediates(
+            x, n, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True
+        )
+
+    @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
@@ -560,6 +607,24 @@ class VisionLSTM(nn.Module):
 def _check(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}; pass at least 1")
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes={num_classes}; pass their number, or 0 for no classifier")
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = to_2tuple(value)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name}={value}; pass an integer of at least 1, or two: (height, width)")
+    return int(pair[0]), int(pair[1])
 
 
 def _init_head(head: nn.Linear) -> None:
@@ -610,7 +675,12 @@ default_cfgs = generate_default_cfgs(
         "vil_smallplus_patch16_224.e400_in1k": _cfg("vil_smallplus16_e400_in1k", 80.9),
         "vil_base_patch16_224.e400_in1k": _cfg("vil_base16_e400_in1k", 81.6),
         # accuracy published, weights not: the official entry of this name fetches those of stride 16
-        "vil_tinyplus_patch16_stride8_224.untrained": _cfg(None, 80.0, stride=8),
+        "vil_tinyplus_patch16_stride8_224.untrained": _cfg(
+            None,
+            80.0,
+            stride=8,
+            description="ImageNet-1K top-1 80.0 % at 224 px, as published (weights not published)",
+        ),
         "vil_smallplus_patch16_stride8_224.e400_in1k": _cfg(
             "vil_smallplus16_e400_in1k_stride8", 82.2, stride=8
         ),
@@ -635,12 +705,15 @@ GENERATION_1 = {
 
 
 def _create_vil(variant: str, pretrained: bool = False, **kwargs) -> VisionLSTM:
+    if kwargs.get("features_only"):
+        kwargs["num_classes"] = 0  # which a checkpoint then need not have either
+    out_indices = kwargs.pop("out_indices", min(3, kwargs["depth"]))
     return build_model_with_cfg(
         VisionLSTM,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": kwargs.pop("out_indices", 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
         **kwargs,
     )
 

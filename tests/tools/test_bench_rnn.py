@@ -100,3 +100,37 @@ def test_unknown_names():
         run(TOY, "--only", "lean")
     with pytest.raises(ValueError, match="shape 'large'; known"):
         run("large")
+
+
+def test_a_step_after_two_histories(monkeypatch, capsys, tmp_path):
+    """The command with a small stack; the long history is prefilled in parts."""
+    whole = tool.bench_stack_step
+    monkeypatch.setattr(tool, "PREFILL", 4)
+    monkeypatch.setattr(tool, "bench_stack_step", lambda *a, **k: whole(*a, width=16, histories=(3, 9), **k))
+    file = tmp_path / "steps.json"
+    assert run("stack_step", "--batch", "2", "--json", str(file)) == 0
+    said = capsys.readouterr().out
+    assert "step after 9" in said and "xlstm[7:1]" in said
+    line = json.loads(said.splitlines()[-1])
+    assert [line] == json.loads(file.read_text())
+    assert line["shape"] == "stack_step" and line["sizes"] == [2, 16, 8] and line["commit"]
+    assert line["command"].startswith("vilma bench-rnn stack_step")
+    assert [(r["name"], r["history"]) for r in line["results"]] == [("step after 3", 3), ("step after 9", 9)]
+    assert all(r[FORWARD]["ms"] > 0 and r["rms_ratios"]["y"] < 1e-5 for r in line["results"])
+
+
+@pytest.mark.parametrize("history", [3, 9])
+def test_a_wrong_step_is_not_timed(monkeypatch, history):
+    plain = tool.xlstm_stack
+
+    def broken(*arguments, **options):
+        stack = plain(*arguments, **options)
+        step = stack.step
+        stack.step = lambda x_t, state: step(1.01 * x_t, state)
+        return stack
+
+    monkeypatch.setattr(tool, "xlstm_stack", broken)
+    monkeypatch.setattr(tool, "PREFILL", 4)
+    monkeypatch.setattr(tool, "interleave", None)
+    with pytest.raises(tool.WrongResult, match=f"the sequence form.*step after {history} y"):
+        tool.bench_stack_step(width=16, histories=(history,))

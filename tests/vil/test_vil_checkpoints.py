@@ -108,7 +108,7 @@ def test_other_sizes_channels_and_classes(name, official, tmp_path):
     assert finer.patch_embed.proj.weight.shape[-1] == 8 and finer(image(64, 64)).isfinite().all()
 
 
-def test_another_pooling_takes_an_identity_norm(official):
+def test_another_pooling_takes_a_norm_that_scales_nothing(official):
     """As in the official feature mode: a norm of width 2 d cannot serve one of width d."""
     model = build("vil2_tiny_patch16_224", official)
     target = build("vil2_tiny_patch16_224", official, global_pool="avg", num_classes=0)
@@ -179,6 +179,65 @@ def test_timm_refuses_another_model_whatever_the_classes(classes, official, tmp_
         )
 
 
+HALF = ("fc_norm.weight", "fc_norm.bias")
+
+
+def test_a_classifier_comes_with_its_norm_or_not_at_all(name, official):
+    """Half of a head gives other logits without a word."""
+    model = build(name, official)
+    without = build(name, official, fc_norm=False)
+    for names in (official.training_names, official.hub_names):
+        assert_refused(names(without), model, "missing: fc_norm.weight, fc_norm.bias\n", "fc_norm")
+        assert_refused(names(model), without, "unexpected: fc_norm.weight, fc_norm.bias\n")
+    for other in ({"num_classes": 0}, {"num_classes": 3}):
+        loaded = checkpoint_filter_fn(official.hub_names(without), build(name, official, **other))
+        assert (loaded["fc_norm.weight"] == 1).all() and not loaded["fc_norm.bias"].any()
+        loaded = checkpoint_filter_fn(
+            official.hub_names(model), build(name, official, fc_norm=False, **other)
+        )
+        assert not set(loaded) & set(HALF)
+    for key in ("head.5.weight", "head.foo", "head.1.foo"):
+        for target in (model, build(name, official, num_classes=0)):
+            assert_refused(
+                {**official.training_names(model), key: torch.zeros(3)}, target, "unexpected: head."
+            )
+
+
+def test_a_classifier_that_does_not_fit_is_refused_by_its_keys(official, tmp_path):
+    def load(state, **more):
+        torch.save(state, tmp_path / "weights.pth")
+        return timm.create_model(
+            "vil2_tiny_patch16_224",
+            pretrained=True,
+            pretrained_cfg_overlay=overlay(tmp_path / "weights.pth"),
+            **{**SMALL, "depth": 6, **more},
+        ).eval()
+
+    model = build("vil2_tiny_patch16_224", official)
+    state, x = official.hub_names(model), image(64, 64)
+    headless = {key: value for key, value in state.items() if not key.startswith("head")}
+    with pytest.raises(ValueError, match=r"head.weight \(7, 64\) for \(7, 32\)"):
+        load(state, global_pool="avg")
+    with pytest.raises(ValueError, match=r"missing: head.weight, head.bias\n(.|\n)*num_classes=0"):
+        load(headless)
+    nine = official.hub_names(build("vil2_tiny_patch16_224", official, num_classes=9))
+    with pytest.raises(ValueError, match=r"head.weight \(9, 64\) for \(7, 64\)"):
+        load(nine)
+    assert load(headless, num_classes=5)(x).shape == (2, 5)
+    assert torch.equal(load(headless, num_classes=0)(x), model.forward_head(model.forward_features(x), True))
+    assert load(state, global_pool="avg", num_classes=5)(x).shape == (2, 5)
+    maps = load(headless, features_only=True)(x)
+    assert all(torch.equal(a, b) for a, b in zip(maps, model.forward_intermediates(x, 3)[1], strict=True))
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module._orig_mod.", "_orig_mod.module.", "model._orig_mod."])
+def test_prefixes_of_trainers(prefix, official):
+    model = build("vil2_tiny_patch16_224", official)
+    for state in (official.training_names(model), official.hub_names(model), model.state_dict()):
+        loaded = checkpoint_filter_fn({f"{prefix}{key}": value for key, value in state.items()}, model)
+        assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
+
+
 def test_block_numbers_are_parsed():
     names = {f"xlstm.blocks.{j}.xlstm.proj_up.weight": torch.zeros(1) for j in (0, 1, 10, 11, 23)}
     assert set(rename(names, paired=False)) == {
@@ -244,6 +303,8 @@ def test_convert_refuses(published, official, tmp_path):
         convert_vil.main([str(file), str(output), "--model", "vil2_small_patch16_224"])
     with pytest.raises(ValueError, match="not a registered model"):
         convert_vil.main([str(file), str(output), "--model", "vil3_small"])
+    with pytest.raises(ValueError, match="choose one of vil2_base_patch16_224"):
+        convert_vil.main([str(file), str(output), "--model", "resnet18"])
     foreign = tmp_path / "foreign.pt"
     torch.save(timm.create_model("deit_tiny_patch16_224", depth=1).state_dict(), foreign)
     with pytest.raises(ValueError, match="fits no registered model"):

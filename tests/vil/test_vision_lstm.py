@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vilma.testing import assert_close
 from vilma.vil import VisionLSTM
 from vilma.vil.vision_lstm import POOLS, ViLBlock
+from vilma.xlstm import mlstm
 
 NAMES = timm.list_models("vil*")
 SMALL = {"embed_dim": 32, "img_size": 64, "num_classes": 7}
@@ -253,16 +254,39 @@ def test_any_size_and_aspect_ratio(variant, size, official):
         assert_close(fixed(x), y, 1e-6)
 
 
-def test_a_map_of_another_shape_is_seen_as_it_is(official):
+def written_out(layer, x):
+    """The equations of a layer in float64; one that runs backward is a forward one on the turned map."""
+    layer, x = copy.deepcopy(layer).double(), x.double()
+    if layer.reverse:
+        x = x.flip(1, 2)
+    height, width = x.shape[1:3]
+    a, z = layer.proj_up(x).chunk(2, -1)
+    conv = nn.functional.conv2d(
+        a.permute(0, 3, 1, 2), layer.conv.weight, layer.conv.bias, padding=1, groups=a.shape[-1]
+    )
+    assert conv.shape[2:] == (height, width)
+    c = nn.functional.silu(conv.flatten(2).mT)
+    qkv = []
+    for source, projection in ((c, layer.q_proj), (c, layer.k_proj), (a.flatten(1, 2), layer.v_proj)):
+        qkv.append(source @ torch.block_diag(*projection.weight).mT + projection.bias)
+    cell, seen = layer.mlstm_cell, torch.cat(qkv, -1)
+    gates = [(seen @ gate.weight.mT + gate.bias).mT for gate in (cell.igate, cell.fgate)]
+    heads = gates[0].shape[1]
+    h = mlstm(*(y.unflatten(-1, (heads, -1)).transpose(1, 2) for y in qkv), *gates, eps=1e-6).transpose(1, 2)
+    h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    h = h.flatten(2) * (1 + cell.outnorm.weight) + cell.outnorm.bias + layer.learnable_skip * c
+    y = layer.proj_down(h * nn.functional.silu(z.flatten(1, 2))).unflatten(1, (height, width))
+    return y.flip(1, 2) if layer.reverse else y
+
+
+@pytest.mark.parametrize("side", ["top_left", "bot_right"])
+def test_a_map_of_another_shape_is_seen_as_it_is(side, official):
     """The official second generation folds tokens by the height it was built for: here neighbours count."""
-    model = build("generation 2", official, depth=1, num_classes=0, global_pool="")
-    x = images(64, 128).requires_grad_()
-    block = model.blocks[0].rowwise_from_bot_right
-    tokens = torch.zeros(1, 4, 8, 32).requires_grad_()
-    y = block.layer.conv(block.layer.proj_up(tokens)[..., :64].permute(0, 3, 1, 2))
-    assert y.shape[-2:] == (2, 6)  # of a 3 x 3 kernel without padding: the grid has 4 rows and 8 columns
-    model(x)[0, 0, 0].sum().backward()
-    assert x.grad[0, :, :16, :16].any() and not x.grad[1].any()
+    model = build("generation 2", official, depth=1)  # for maps of 4 x 4
+    layer = getattr(model.blocks[0], f"rowwise_from_{side}").layer
+    for shape in ((4, 8), (8, 4), (3, 5)):
+        x = torch.randn(2, *shape, 32, generator=torch.Generator().manual_seed(0))
+        assert_close(layer(x), written_out(layer, x), 1e-5)
 
 
 def test_set_input_size(variant, official):
@@ -306,28 +330,6 @@ def test_impossible_images_say_what_is_possible(official):
     strict = build("generation 2", official, dynamic_img_size=False)
     with pytest.raises(ValueError, match=r"built for 64 x 64.*set_input_size"):
         strict(images(96, 96))
-
-
-@pytest.mark.parametrize(
-    "options, match",
-    [
-        ({"global_pool": "map"}, "bilateral_avg"),
-        ({"conv_kind": "1d"}, "'2d', 'causal1d'"),
-        ({"conv_kernel_size": 4}, "odd"),
-        ({"init_mode": "xavier"}, "original-fixed"),
-        ({"num_heads": 5}, "multiple of num_heads=5"),
-        ({"qkv_block_width": 3}, "qkv_block_width=3"),
-        ({"depth": 0}, "depth=0"),
-        ({"img_size": 8}, "smaller than one patch"),
-    ],
-)
-def test_unsupported_options_say_what_is_possible(options, match):
-    with pytest.raises(ValueError, match=match):
-        VisionLSTM(**{"embed_dim": 32, "depth": 1, "img_size": 64, **options})
-    if "global_pool" in options:
-        model = VisionLSTM(embed_dim=32, depth=1, img_size=64)
-        with pytest.raises(ValueError, match=match):
-            model.reset_classifier(3, "map")
 
 
 def test_layer_decay_and_weight_decay(official):
@@ -402,7 +404,7 @@ def test_reset_classifier_keeps_device_dtype_and_what_is_frozen(variant, officia
     assert model(images(64, 64).double()).shape == (2, 3)
 
 
-@pytest.mark.parametrize("dtype, ratio", [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("dtype, ratio", [(torch.bfloat16, 0.04), (torch.float64, 1e-5)])
 def test_other_precisions(variant, dtype, ratio, official):
     model, x = build(variant, official), images(64, 64)
     expected = model(x)
@@ -417,7 +419,7 @@ def test_autocast(official):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model.train()(x)
     assert y.dtype == torch.bfloat16
-    assert_close(y, expected, 0.1)
+    assert_close(y, expected, 0.04)
     y.float().square().sum().backward()
     assert all(p.grad.dtype == torch.float32 and torch.isfinite(p.grad).all() for p in model.parameters())
 

@@ -150,9 +150,23 @@ def test_multi_head_norm():
 def test_errors():
     with pytest.raises(ValueError, match="num_heads=5 must divide"):
         xLSTMLargeBlock(32, 5)
+    for heads in (0, -2):
+        with pytest.raises(ValueError, match=rf"num_heads={heads} must divide .*; possible: 1, 2, 4, 8, 16$"):
+            xLSTMLargeBlock(32, heads)
+    with pytest.raises(ValueError, match="possible: none"):
+        xLSTMLargeBlock(32, 1, qk_dim_factor=0.01)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 0, 32\); pass \(B, T, D\)"):
+        xLSTMLargeBlock(32, 4)(torch.randn(2, 0, 32))
     stack = BlockStack([xLSTMLargeBlock(32, 4)])
     with pytest.raises(ValueError, match="got 2 states for 1 blocks"):
         stack(torch.randn(1, 2, 32), [None, None])
+
+
+def test_a_stack_of_nothing_has_last_positions():
+    x = torch.randn(2, 7, 32)
+    assert torch.equal(BlockStack([])(x, last=2), x[:, -2:])
+    with pytest.raises(ValueError, match="last=8 for 7 steps"):
+        BlockStack([])(x, last=8)
 
 
 def test_only_the_last_positions():

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from vilma.testing import assert_close, random_mlstm, random_mlstm_state
-from vilma.xlstm import MLSTMState, mlstm, mlstm_step
+from vilma.xlstm import MLSTMState, mlstm, mlstm_cpu, mlstm_step
+from vilma.xlstm.mlstm_naive import mlstm_parallel_naive
 
 FORMS = [("exp", True), ("exp", False), ("sigmoid", True), ("sigmoid", False)]
 forms = pytest.mark.parametrize("gate, normalize", FORMS)
+needs_compiler = pytest.mark.skipif(not mlstm_cpu.is_available(), reason="no C++ compiler (see the warning)")
+backends = pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_compiler)])
 
 
 def state_for(gate, *sizes, dtype=torch.float64, seed=1):
@@ -100,6 +103,46 @@ def test_torch_equals_naive(gate, normalize, reverse, with_reset, steps, chunk_s
     )
 
 
+def parallel(gate, normalize):
+    """As `runner`, through the T x T matrix."""
+
+    def run(q, k, v, i, f, *state):
+        state = (*state, None)[:3]
+        h, last = mlstm_parallel_naive(q, k, v, i, f, state, None, gate, normalize, False, 1e-6)
+        return h, *last
+
+    return run
+
+
+def stepped(gate, normalize):
+    """As `runner`, one `mlstm_step` after another."""
+
+    def run(q, k, v, i, f, *state):
+        state, h = MLSTMState(*(*state, None)[:3]), []
+        for x in zip(*(x.unbind(2) for x in (q, k, v, i, f))):
+            h_t, state = mlstm_step(*x, state, gate=gate, normalize=normalize)
+            h.append(h_t)
+        return torch.stack(h, 2), *state
+
+    return run
+
+
+def recurrence(gate, normalize):
+    return runner(gate, normalize=normalize, backend="naive")
+
+
+@forms
+@pytest.mark.parametrize("path", [recurrence, parallel, stepped])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_gradcheck_of_the_other_paths(gate, normalize, path, steps):
+    inputs = (*random_mlstm(1, 1, steps, 3, 2, dtype=torch.float64), *state_for(gate, 1, 1, 3, 2))
+    run = path(gate, normalize)
+    outputs = lambda *given: tuple(x for x in run(*given) if x is not None)  # noqa: E731
+    assert torch.autograd.gradcheck(
+        outputs, leaves(inputs), eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=steps > 1
+    )
+
+
 @pytest.mark.parametrize("eps", [1e-6, 0.3])
 @pytest.mark.parametrize("gates", ["normal", "ip30", "im30", "fp30", "fm30", "mixed30"])
 def test_gradient_through_eps_and_m(gates, eps):
@@ -134,15 +177,7 @@ def test_split_anywhere_equals_whole(gate, normalize, reverse):
 @forms
 def test_steps_equal_sequence(gate, normalize):
     inputs = (*random_mlstm(2, 3, 9, 4, 6, dtype=torch.float64), *state_for(gate, 2, 3, 4, 6))
-
-    def steps(q, k, v, i, f, *state):
-        state, h = MLSTMState(*(*state, None)[:3]), []
-        for x in zip(*(x.unbind(2) for x in (q, k, v, i, f))):
-            h_t, state = mlstm_step(*x, state, gate=gate, normalize=normalize)
-            h.append(h_t)
-        return torch.stack(h, 2), *state
-
-    assert_same(steps, runner(gate, normalize=normalize), inputs, 1e-10)
+    assert_same(stepped(gate, normalize), runner(gate, normalize=normalize), inputs, 1e-10)
 
 
 @forms
@@ -191,7 +226,8 @@ def test_reset_at_the_first_step_drops_the_state():
 
 @pytest.mark.parametrize("gates", ["ip30", "im30", "fp30", "fm30", "mixed30"])
 @forms
-def test_extreme_gates_in_float32(gate, normalize, gates):
+@backends
+def test_extreme_gates_in_float32(gate, normalize, gates, backend):
     """Finite, and as accurate as ordinary ones: whole (T = 200) and in chunks (T = 300)."""
     for steps in (200, 300):
         inputs = random_mlstm(1, 2, steps, 8, 8, dtype=torch.float64, gates=gates)
@@ -200,7 +236,7 @@ def test_extreme_gates_in_float32(gate, normalize, gates):
             runner(gate, normalize=normalize, backend="naive"), inputs
         )
         actual, gradients = outputs_and_gradients(
-            runner(gate, normalize=normalize), [x.float() for x in inputs]
+            runner(gate, normalize=normalize, backend=backend), [x.float() for x in inputs]
         )
         for name, x, y in zip("hcnm", actual, expected):
             assert_close(x, y, 1e-4, name)
@@ -212,35 +248,40 @@ def test_extreme_gates_in_float32(gate, normalize, gates):
 
 
 @pytest.mark.parametrize("gate", ["exp", "sigmoid"])
-def test_minus_infinity_closes_a_gate(gate):
+@backends
+def test_minus_infinity_closes_a_gate(gate, backend):
     """i = -inf: the step writes nothing. f = -inf: nothing older is left."""
     q, k, v, i, f = random_mlstm(1, 1, 12, 4, 4)
     i[..., 3] = float("-inf")
     f[..., 7] = float("-inf")
-    outputs, gradients = outputs_and_gradients(runner(gate), (q, k, v, i, f))
+    options = {"gate": gate, "backend": backend}
+    outputs, gradients = outputs_and_gradients(runner(**options), (q, k, v, i, f))
     assert all(torch.isfinite(x).all() for x in (*outputs, *gradients))
     v2 = v.clone()
     v2[:, :, 3] += 1.0
-    assert torch.equal(mlstm(q, k, v, i, f, gate=gate), mlstm(q, k, v2, i, f, gate=gate))
-    after = mlstm(*(x[:, :, 7:] for x in (q, k, v, i)), f[:, :, 7:], gate=gate, normalize=False)
-    assert_close(mlstm(q, k, v, i, f, gate=gate, normalize=False)[:, :, 7:], after, 1e-6)
+    assert torch.equal(mlstm(q, k, v, i, f, **options), mlstm(q, k, v2, i, f, **options))
+    after = mlstm(*(x[:, :, 7:] for x in (q, k, v, i, f)), normalize=False, **options)
+    assert_close(mlstm(q, k, v, i, f, normalize=False, **options)[:, :, 7:], after, 1e-6)
 
 
-def test_padding_leaves_the_last_state_exact():
+@backends
+def test_padding_leaves_the_last_state_exact(backend):
     q, k, v, i, f = random_mlstm(1, 2, 20, 4, 4)
-    _, short = mlstm(*(x[:, :, :13] for x in (q, k, v, i, f)), return_state=True)
+    _, short = mlstm(*(x[:, :, :13] for x in (q, k, v, i, f)), return_state=True, backend=backend)
     i[..., 13:], f[..., 13:] = -1e30, 1e30
-    _, padded = mlstm(q, k, v, i, f, return_state=True)
+    _, padded = mlstm(q, k, v, i, f, return_state=True, backend=backend)
     for x, y in zip(padded, short):
         assert_close(x, y, 1e-6)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 8])
-def test_c_and_n_are_in_units_of_the_m_returned(chunk_size):
+@backends
+def test_c_and_n_are_in_units_of_the_m_returned(chunk_size, backend):
     """m is rounded to float32 when it is handed on; C and n must be scaled by what was handed on."""
     q, k, v, i, f = random_mlstm(1, 3, 64, 4, 4)
     state = state_for("exp", 1, 3, 4, 4, dtype=torch.float32)
-    _, last = mlstm(q, k, v, i - 300.0, f - 3.0, state, return_state=True, chunk_size=chunk_size)
+    options = {"return_state": True, "chunk_size": chunk_size, "backend": backend}
+    _, last = mlstm(q, k, v, i - 300.0, f - 3.0, state, **options)
     unit = state.m.double() + F.logsigmoid((f - 3.0).double()).sum(-1)  # nothing was written: C exp(m) decays
     factor = torch.exp(unit - last.m.double())
     assert_close(last.c, state.c * factor[..., None, None], 1e-6)
@@ -248,11 +289,12 @@ def test_c_and_n_are_in_units_of_the_m_returned(chunk_size):
 
 
 @pytest.mark.parametrize("steps", [19, 300])
-def test_layouts(steps):
+@backends
+def test_layouts(steps, backend):
     """Strided, sliced, expanded and size-1 inputs give what contiguous ones give."""
 
     def check(*inputs):
-        run = runner("exp")
+        run = runner("exp", backend=backend)
         expected, expected_gradients = outputs_and_gradients(run, [x.contiguous() for x in inputs])
         leaf = [x.detach().requires_grad_() for x in inputs]
         outputs = run(*leaf)
@@ -310,8 +352,12 @@ def one_step(q, k, v, i, f):
     return h, *state
 
 
-@pytest.mark.parametrize("run", [runner("exp"), runner("exp", backend="naive"), one_step])
-def test_autocast_changes_nothing_inside(run):
+RUNS = {name: runner("exp", backend=name) for name in ("torch", "cpu", "naive")} | {"step": one_step}
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=needs_compiler) if x == "cpu" else x for x in RUNS])
+def test_autocast_changes_nothing_inside(name):
+    run = RUNS[name]
     inputs = random_mlstm(2, 2, 20, 16, 16)
     plain, plain_gradients = outputs_and_gradients(run, inputs)
 
@@ -322,6 +368,11 @@ def test_autocast_changes_nothing_inside(run):
     outputs, gradients = outputs_and_gradients(under_autocast, inputs)
     for x, y in zip((*outputs, *gradients), (*plain, *plain_gradients)):
         assert torch.equal(x, y)
+    if name in ("torch", "cpu"):  # also around the backward, which is theirs
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs, gradients = outputs_and_gradients(run, inputs)
+        for x, y in zip((*outputs, *gradients), (*plain, *plain_gradients)):
+            assert torch.equal(x, y)
 
 
 def test_float64_stays_float64():
@@ -330,7 +381,8 @@ def test_float64_stays_float64():
     assert {x.dtype for x in (h, *last)} == {torch.float64}
 
 
-def test_kept_for_backward_is_linear_in_time():
+@backends
+def test_kept_for_backward_is_linear_in_time(backend):
     def kept(steps):
         inputs = leaves(random_mlstm(1, 2, steps, 32, 32))
         total, seen = 0, {x.data_ptr() for x in inputs}
@@ -343,7 +395,7 @@ def test_kept_for_backward_is_linear_in_time():
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            mlstm(*inputs)
+            mlstm(*inputs, backend=backend)
         return total
 
     sizes = {steps: kept(steps) for steps in (512, 1024, 2048, 4096)}
@@ -380,17 +432,18 @@ def test_second_derivative_is_refused():
     grad.square().sum().backward()
 
 
-def test_poisoned_memory_is_never_read(monkeypatch):
-    real, real_like = torch.empty, torch.empty_like
-
-    def poison(x):
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(real(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(real_like(*a, **k)))
-    for steps in (5, 300):
-        outputs, gradients = outputs_and_gradients(runner("exp"), random_mlstm(1, 2, steps, 4, 4))
-        assert all(torch.isfinite(x).all() for x in (*outputs, *gradients))
+@backends
+def test_poisoned_memory_is_never_read(backend):
+    torch.use_deterministic_algorithms(True)  # fills whatever memory torch hands out with NaN
+    try:
+        assert torch.empty(3).isnan().all() and torch.ones(3).new_empty(3).isnan().all()
+        for steps, (gate, normalize) in itertools.product((5, 300), FORMS):
+            inputs = random_mlstm(1, 2, steps, 4, 4, dtype=torch.float32)
+            run = runner(gate, normalize=normalize, backend=backend)
+            outputs, gradients = outputs_and_gradients(run, inputs)
+            assert all(torch.isfinite(x).all() for x in (*outputs, *gradients))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def good(**changes):
@@ -412,6 +465,11 @@ ERRORS = {
     "gate name": (lambda x: good(gate="relu"), "known gates: exp, sigmoid"),
     "backend name": (lambda x: good(backend="cuda"), "known backends: auto, triton, cpu, torch, naive"),
     "chunk": (lambda x: good(chunk_size=0), "chunk_size is 0"),
+    "fractional chunk": (lambda x: good(chunk_size=2.5), r"chunk_size is 2\.5; pass a positive whole number"),
+    "chunk of a flag": (lambda x: good(chunk_size=True), "chunk_size is True"),
+    "negative eps": (lambda x: good(eps=-1e-6), "eps is -1e-06; pass a number that is not negative"),
+    "eps nan": (lambda x: good(eps=float("nan")), "eps is nan"),
+    "eps not a number": (lambda x: good(eps="small"), "eps is 'small'"),
     "reset shape": (lambda x: good(reset=torch.zeros(5, 2, dtype=torch.bool)), r"\(B, T\) = \(2, 5\)"),
     "reset dtype": (lambda x: good(reset=torch.zeros(2, 5)), "torch.bool"),
     "state type": (lambda x: good(state=x["q"]), "MLSTMState"),

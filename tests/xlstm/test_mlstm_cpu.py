@@ -284,6 +284,38 @@ def test_uninitialised_memory_is_never_read():
         torch.use_deterministic_algorithms(False)
 
 
+WITHOUT_MEMORY = """
+import resource, torch
+from vilma.testing import random_mlstm
+from vilma.xlstm import mlstm
+
+torch.set_num_threads(1)
+small, large = random_mlstm(1, 1, 300, 8, 8), random_mlstm(1, 1, 1, 3000, 3000)
+mlstm(*random_mlstm(1, 1, 5, 4, 4), backend="cpu")
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 20), resource.RLIM_INFINITY))
+try:
+    {call}
+    print("ran")
+except (MemoryError, RuntimeError) as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+print(mlstm(*small, backend="cpu").isfinite().all().item())
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and limits the address space")
+def test_a_call_without_memory_harms_no_later_one():
+    """The work space that a thread keeps is whole again after it could not grow."""
+    call = 'mlstm(*large, return_state=False, backend="cpu")'
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MEMORY.format(call=call)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, (result.returncode, result.stderr)
+    assert result.stdout.split()[1] == "True" and result.stdout.split()[0] != "ran", result.stdout
+
+
 @needs_compiler
 def test_threads_change_nothing():
     inputs = random_mlstm(3, 3, 300, 16, 24)

@@ -79,6 +79,15 @@ FAST = {
     "chunks zero state": {"steps": 20, "chunk": 8, "eps": 0.3, "tile": [32, 16, 16, 16]},
     "chunks bfloat16": {"steps": 20, "chunk": 8, "dtype": "bfloat16"},
     "mixed30": {"steps": 40, "chunk": 17, "gates": "mixed30", "tile": [32, 16, 16, 16], **WHOLE},
+    "closed gates": {"steps": 300, "chunk": 150, "closed": True, "tile": [64, 64, 16, 16], "last": True},
+    "closed gates float16": {
+        **{"steps": 300, "chunk": 150, "closed": True, "tile": [64, 64, 16, 16], "last": True},
+        "dtype": "float16",
+    },
+    "closed gates sigmoid float16": {
+        **{"steps": 300, "chunk": 150, "closed": True, "tile": [64, 64, 16, 16], "reverse": True},
+        **{"dtype": "float16", "gate": "sigmoid"},
+    },
     "step": {"step": True, "steps": 1, "heads": 2, "dim_qk": 80, "dim_v": 48, "state": True},
     "step sigmoid zero": {"step": True, "steps": 1, "gate": "sigmoid", "normalize": False},
 }
@@ -170,6 +179,7 @@ def test_on_the_gpu():
 
 
 # Shared memory: what sm_86 and sm_89 have, an H100, a B200, an MI300. "others": kernels without products.
+# Registers of the kernels with products: all that the architecture has. What binds there is that none spills.
 LIMITS = {
     "sm_80": {"registers": 255, "shared": 99 * 1024, "others": 128},
     "sm_90": {"registers": 255, "shared": 227 * 1024, "others": 128},

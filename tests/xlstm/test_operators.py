@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.export import Dim, export
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -122,6 +123,21 @@ def test_an_exported_step_can_be_saved():
         assert_close(a, b, 1e-6)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_a_dynamic_length_where_parameters_learn(strict):
+    module = Mixer()
+    steps = Dim("T", min=2, max=4096)
+    program = export(module, (torch.randn(2, 9, 8),), dynamic_shapes={"x": {1: steps}}, strict=strict)
+    x = torch.randn(2, 700, 8)
+    h, expected = program.module()(x)[0], module(x)[0]
+    assert_close(h, expected, 1e-6)
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad(expected.sum(), parameters)
+    h.sum().backward()
+    for a, b in zip(parameters, expected):
+        assert_close(a.grad, b, 1e-5)
+
+
 def calls():
     inputs = [x.requires_grad_() for x in random_mlstm(2, 3, 7, 5, 6)]
     state = [x.requires_grad_() for x in random_mlstm_state(2, 3, 5, 6)]
@@ -131,15 +147,44 @@ def calls():
     yield *inputs, *none, None, False, False, False, None, 1e-6, "torch", False, True
 
 
-@pytest.mark.parametrize("index", [0, 1])
-def test_registrations(index):
+def check_registrations(call):
     """Schema, fake implementation and autograd, as torch's own check sees them."""
-    call = list(calls())[index]
     torch.library.opcheck(torch.ops.vilma.mlstm.default, call)
     outputs = [x.detach() for x in torch.ops.vilma.mlstm(*call)]
     given = [x.detach() if isinstance(x, torch.Tensor) else x for x in call[:15]]
-    grads = (torch.randn_like(outputs[0]), None, None, None)
-    torch.library.opcheck(torch.ops.vilma.mlstm_backward.default, (*given, *grads, None, *outputs[1:]))
+    last = [torch.randn_like(x) if call[15] and x.numel() else None for x in outputs[1:4]]
+    call = (*given, torch.randn_like(outputs[0]), *last, None, *outputs[1:])
+    torch.library.opcheck(torch.ops.vilma.mlstm_backward.default, call)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_registrations(index):
+    check_registrations(list(calls())[index])
+
+
+LAYOUTS = {
+    "one feature": lambda x: x[..., :1],
+    "time first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one feature, time first": lambda x: (x[..., :1] if x.dim() == 4 else x).mT.contiguous().mT,
+    "one feature of time first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[..., :1],
+    "every other": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[..., ::2],
+    "features first": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("backend, dtype", [("torch", torch.float64), ("auto", torch.float32)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_registrations_of_any_layout(layout, backend, dtype):
+    q, k, v, *gates = random_mlstm(2, 3, 7, 4, 6, dtype=dtype)
+    qkv = [LAYOUTS[layout](x) for x in (q, k, v)]
+    gates = [x.mT.contiguous().mT for x in gates]
+    state = random_mlstm_state(2, 3, qkv[0].shape[-1], qkv[2].shape[-1], dtype=dtype)
+    state = [x.mT.contiguous().mT for x in state]
+    inputs = [x.detach().requires_grad_() for x in (*qkv, *gates, *state)]
+    check_registrations((*inputs, None, True, True, False, 3, 1e-6, backend, True, True))
+    step = [x.detach()[:, :, 0] for x in inputs[:5]]
+    step = (*step, *(x.detach() for x in inputs[5:]), True, True, 1e-6, backend)
+    torch.library.opcheck(torch.ops.vilma.mlstm_step.default, step)
 
 
 def test_a_forced_backend_is_checked_where_a_gradient_is_wanted():
@@ -186,6 +231,21 @@ def test_flops_of_a_step():
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_forward_mode_is_refused(backend):
+    inputs = random_mlstm(1, 1, 4, 3, 3)
+    for run, given in ((mlstm, inputs), (mlstm_step, [x[:, :, 0] for x in inputs])):
+        for at in range(5):
+            with forward_ad.dual_level():
+                run(*given, backend=backend)
+                dual = list(given)
+                dual[at] = forward_ad.make_dual(given[at], torch.ones_like(given[at]))
+                with pytest.raises(RuntimeError, match=r"no forward-mode derivative.*backend='naive'"):
+                    run(*dual, backend=backend)
+                h = run(*dual, backend="naive")
+                assert forward_ad.unpack_dual(h if run is mlstm else h[0]).tangent.any()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_second_derivative_is_refused(backend):
     inputs = [x.requires_grad_() for x in random_mlstm(1, 1, 4, 3, 3)]
     h = mlstm(*inputs, backend=backend)
@@ -209,6 +269,11 @@ import torch
 from vilma.testing import random_mlstm, random_mlstm_state, rms_ratio
 from vilma.xlstm import MLSTMState, mlstm, mlstm_step
 
+
+def time_first(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)[..., ::2]
+
+
 worst = 0.0
 for options in ({}, {"chunk_size": 16, "reverse": True}, {"gate": "sigmoid"}):
     inputs = [x.requires_grad_() for x in random_mlstm(1, 2, 20, 16, 16)]
@@ -218,11 +283,22 @@ for options in ({}, {"chunk_size": 16, "reverse": True}, {"gate": "sigmoid"}):
         given = MLSTMState(*state) if state else None
         h, last = mlstm(*inputs, given, return_state=True, backend=backend, **options)
         loss = h.sum() + sum(x.square().sum() for x in last if x is not None)
-        results.append([h, *torch.autograd.grad(loss, [*inputs, *state])])
+        grads = torch.autograd.grad(loss, [*inputs, *state])
+        results.append([h, *grads])
         with torch.no_grad():
             step = mlstm_step(*(x[:, :, 0] for x in inputs), backend=backend)
             results[-1] += [step[0], step[1].c]
     worst = max([worst] + [rms_ratio(a, b) for a, b in zip(*results, strict=True)])
+for layout in (lambda x: x.mT.contiguous().mT, lambda x: x.mT.contiguous().mT[..., :1], time_first):
+    q, k, v, *gates = random_mlstm(2, 2, 7, 16, 16)
+    inputs = [x.requires_grad_() for x in (*map(layout, (q, k, v)), *(x.mT.contiguous().mT for x in gates))]
+    call = (*inputs, None, None, None, None, True, True, False, 4, 1e-6, "triton", False, True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.vilma.mlstm.default, call, test_utils=tests)
+    outputs = [x.detach() for x in torch.ops.vilma.mlstm(*call)]
+    given = [x.detach() if isinstance(x, torch.Tensor) else x for x in call[:15]]
+    call = (*given, torch.randn_like(outputs[0]), None, None, None, *outputs)
+    torch.library.opcheck(torch.ops.vilma.mlstm_backward.default, call, test_utils=tests)
 print(worst)
 """
 

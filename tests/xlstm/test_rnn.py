@@ -247,7 +247,8 @@ def test_reverse_equals_flipped(backend, cell):
 
 @pytest.mark.parametrize("backend", ["naive", "torch", pytest.param("cpu", marks=needs_compiler)])
 @cells
-def test_grad_clip_clips_at_every_step(backend, cell):
+@directions
+def test_grad_clip_clips_at_every_step(backend, cell, reverse):
     """What comes through r is clamped before anything is added: by hand, with autograd step by step."""
     wx, r, b, state = draw(cell, 2, 7, 2, 5, state=True)
     w = torch.randn(2, 7, 2, 5)
@@ -257,7 +258,8 @@ def test_grad_clip_clips_at_every_step(backend, cell):
         leaves = [x.double().requires_grad_() for x in (wx, r, b, *state)]
         x, r_, b_, *given = leaves
         reads, states, outputs = [], [tuple(given)], []
-        for t in range(7):
+        order = range(6, -1, -1) if reverse else range(7)
+        for t in order:
             h, *rest = states[-1]
             reads.append(h.detach().clone().requires_grad_())  # what r reads is cut from the graph
             own = [y.detach().requires_grad_() for y in (h, *rest)]
@@ -266,25 +268,24 @@ def test_grad_clip_clips_at_every_step(backend, cell):
             states.append(outputs[-1])
         grads = [torch.zeros_like(y) for y in states[-1]]
         total = [torch.zeros_like(y) for y in (x, r_, b_)]
-        for t in range(6, -1, -1):
+        for t, output, read, (_, own) in reversed(list(zip(order, outputs, reads, states))):
             grads[0] = grads[0] + w[:, t]
-            found = torch.autograd.grad(
-                outputs[t], [x, r_, b_, reads[t], *states[t][1]], grads, allow_unused=True
-            )
+            found = torch.autograd.grad(output, [x, r_, b_, read, *own], grads, allow_unused=True)
             found = [torch.zeros((), dtype=torch.float64) if y is None else y for y in found]
             total = [a + y for a, y in zip(total, found)]
             through = found[3].clamp(-bound, bound)
-            grads = [y + torch.zeros_like(z) for y, z in zip(found[4:], states[t][1])]
+            grads = [y + torch.zeros_like(z) for y, z in zip(found[4:], own)]
             grads[0] = grads[0] + through
         return [*total, *grads]
 
     expected = clipped_by_hand()
     inputs = [x.clone().requires_grad_() for x in (wx, r, b, *state)]
-    h = rnn(*inputs[:3], inputs[3:], cell=cell, grad_clip=bound, backend=backend)
+    options = {"cell": cell, "reverse": reverse, "backend": backend}
+    h = rnn(*inputs[:3], inputs[3:], grad_clip=bound, **options)
     actual = torch.autograd.grad(h, inputs, w)
     for x, y in zip(actual, expected, strict=True):
         assert_close(x, y, 1e-5)
-    h = rnn(*inputs[:3], inputs[3:], cell=cell, backend=backend)
+    h = rnn(*inputs[:3], inputs[3:], **options)
     free = torch.autograd.grad(h, inputs, w)
     assert (free[0] - actual[0]).norm() > 0.05 * free[0].norm()
 
@@ -331,6 +332,41 @@ def test_extreme_gates(backend, cell):
             expected = results((wx, r, b, state), double=True, cell=cell, backend="naive")
             # in absolute terms: a GRU that keeps its zero state has h = 1e-13
             assert torch.allclose(found["h"].double(), expected["h"], rtol=1e-4, atol=1e-5), fixed
+
+
+@pytest.mark.parametrize("backend", ["naive", "torch", pytest.param("cpu", marks=needs_compiler)])
+@pytest.mark.parametrize("state", [False, True], ids=["zero", "state"])
+@directions
+def test_infinite_input_gates(backend, state, reverse):
+    """A step that is masked or that replaces all: as a gate of 1e4, gradients included, and never NaN."""
+    infinite, r, b, given = draw("slstm", 2, 20, 2, 8, state=state)
+    large = infinite.clone()
+    for t, sign in ((0, -1.0), (4, -1.0), (9, 1.0), (12, -1.0), (19, -1.0)):
+        infinite[:, t, 0], large[:, t, 0] = sign * torch.inf, sign * 1e4
+    for cut in (20, 11):  # at 11 what is left begins with an m that is infinite, or about to be
+
+        def run(wx, r, b, state, return_state, cut=cut, **options):
+            parts = [x for x in wx.split([cut, 20 - cut], 1) if x.shape[1]]
+            found = {}
+            for j in range(len(parts))[:: -1 if reverse else 1]:
+                found[j], state = rnn(parts[j], r, b, state, return_state=True, reverse=reverse, **options)
+            return torch.cat([found[j] for j in range(len(parts))], 1), state[:3]
+
+        found = results((infinite, r, b, given), run=run, backend=backend)
+        expected = results((large, r, b, given), run=run, double=True, backend="naive")
+        assert_same(found, expected, 1e-5)
+
+
+@fast
+def test_slstm_from_an_infinite_m(backend):
+    """What a step with an infinite input gate leaves behind."""
+    wx, r, b, (h, c, n, _) = draw("slstm", 2, 9, 2, 8, state=True)
+    for sign in (-1.0, 1.0):
+        found, expected = (
+            rnn(wx, r, b, (h, c, n + 1.0, torch.full_like(c, sign * m)), backend=backend)
+            for m in (torch.inf, 1e4)
+        )
+        assert_close(found, expected, 1e-6)
 
 
 @fast
@@ -448,10 +484,11 @@ def test_inputs_and_states_stay_as_they_are(backend, cell):
     wx, r, b, state = draw(cell, 2, 9, 2, 5, state=True)
     before = [x.clone() for x in (wx, r, b, *state)]
     results((wx, r, b, state), cell=cell, backend=backend)
-    with torch.no_grad():
-        h, last = rnn_step(wx[:, 0], r, b, state, cell=cell, backend=backend)
-        h.zero_()
+    for r_, name in ((r, backend), (r, "naive"), (r.clone().requires_grad_(), backend)):
+        h, last = rnn_step(wx[:, 0], r_, b, state, cell=cell, backend=name)
+        h.detach().zero_()
         assert last[0].abs().sum() > 0
+    with torch.no_grad():
         h, last = rnn(wx, r, b, state, cell=cell, return_state=True, backend=backend)
         h.zero_()
         assert last[0].abs().sum() > 0
@@ -493,6 +530,8 @@ def test_autocast_is_kept_out():
         ({"reset": torch.zeros(2, 3)}, "reset is torch.float32"),
         ({"grad_clip": -1.0}, "grad_clip is -1.0"),
         ({"grad_clip": float("nan")}, "grad_clip is nan"),
+        ({"grad_clip": "x"}, "grad_clip is 'x'; pass a number of 0 or more, or None"),
+        ({"grad_clip": [1.0]}, r"grad_clip is \[1.0\]; pass a number"),
     ],
 )
 def test_errors(change, message):

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vilma.bench import BOTH, FORWARD, Contender, measure
 from vilma.testing import assert_close
 from vilma.tools import bench_rnn
-from vilma.xlstm import rnn, rnn_cpu
+from vilma.xlstm import rnn, rnn_cpu, rnn_step
 from vilma.xlstm.rnn_naive import CELLS
 from vilma.xlstm.rnn_torch import Form
 
@@ -138,6 +138,23 @@ def test_saved_tensors_may_come_back_elsewhere():
         assert torch.equal(x, y)
 
 
+@needs_compiler
+@cells
+@pytest.mark.parametrize("dtype, ratio", [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_a_step_in_half_precision(cell, dtype, ratio):
+    """h is rounded once, the states not at all."""
+    wx, r, b = (x.detach().to(dtype) for x in inputs_of(cell, 5, 1, 2, 20))
+    state = [(torch.rand(5, 2, 20) + 1.0).to(dtype) for _ in CELLS[cell].states]
+    h, last = rnn_step(wx[:, 0], r, b, state, cell=cell, backend="cpu")
+    inputs = (wx[:, 0].double(), r.double(), b.double(), [x.double() for x in state])
+    expected, expected_last = rnn_step(*inputs, cell=cell, backend="naive")
+    assert h.dtype == dtype and all(x.dtype == torch.float32 for x in last)
+    assert_close(h, expected, ratio)
+    for x, y in zip(last, expected_last, strict=True):
+        assert_close(x, y, 1e-6)
+
+
+@needs_compiler
 def test_float64_takes_the_plain_path():
     inputs = [x.double() for x in inputs_of("slstm", 2, 5, 1, 4)]
     assert torch.equal(rnn(*inputs, backend="cpu"), rnn(*inputs, backend="torch"))
@@ -191,8 +208,74 @@ def test_without_a_compiler_and_without_triton(tmp_path):
 
 def test_a_failing_build_says_so(tmp_path):
     said = in_a_fresh_process(CXX="false", TORCH_EXTENSIONS_DIR=str(tmp_path))
-    assert said.startswith("1 | ") and "failed; a g++" in said
+    assert said.startswith("1 | ") and said.count("failed; a g++") == said.count("install it (apt") == 2
+    assert "false -std=c++17" in said and "-march=native" in said  # of the first try, as the message is
     assert not list(tmp_path.rglob("*.so*"))
+
+
+def said_by_a_build(folder, monkeypatch, compiler):
+    """The warning, which is the error too, of a build that cannot succeed."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+    monkeypatch.setenv("CXX", compiler)
+    names = ("forward", "backward", "step")
+    extension = rnn_cpu.cpu_build.Extension("the test", rnn_cpu.SOURCE, rnn_cpu.HEADERS, "vilma_rnn_", names)
+    with pytest.warns(UserWarning, match="the test runs its slower eager path on this CPU") as caught:
+        assert not extension.is_available() and not extension.is_available()
+    with pytest.raises(rnn_cpu.BuildError) as error:
+        extension.library()
+    (said,) = [str(warning.message) for warning in caught]
+    assert said.endswith(str(error.value))
+    return said
+
+
+def script_at(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent", "g++ '", " ", "''", "/not a file", "garbage"])
+def test_a_compiler_that_cannot_be_run_says_what_to_do(tmp_path, monkeypatch, compiler):
+    if compiler == "garbage":  # that may be executed
+        compiler = script_at(tmp_path / "garbage", "\0")
+    said = said_by_a_build(tmp_path, monkeypatch, compiler)
+    advice = f"CXX={compiler!r} is no compiler that can be run; name one in CXX or unset it, install g++ (apt"
+    assert advice in said and not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_compiler_that_leaves_no_file(tmp_path, monkeypatch, status):
+    """The command that is named is the one whose message is shown."""
+    compiler = script_at(
+        tmp_path / "c++", f'#!/bin/sh\ncase "$*" in *native*) echo first >&2;; esac\nexit {status}'
+    )
+    said = said_by_a_build(tmp_path, monkeypatch, compiler)
+    command, message = said.split(" failed; a g++ of version 12 or newer is known to work: install it (apt")
+    assert "-march=native" in command and message.endswith("\nfirst")
+    if not status:
+        assert "exit status 0, no file" in said_by_a_build(tmp_path, monkeypatch, "true")
+
+
+def test_a_result_that_cannot_be_loaded(tmp_path, monkeypatch):
+    """As in a folder from which nothing may be executed; here the compiler writes no library."""
+    script = '#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho nothing > "$2"\n'
+    said = said_by_a_build(tmp_path, monkeypatch, script_at(tmp_path / "c++", script))
+    assert "cannot be built or loaded" in said
+    assert "set TORCH_EXTENSIONS_DIR to a folder where files can be written and executed" in said
+
+
+def test_a_step_for_a_gradient_builds_nothing(monkeypatch):
+    """It runs on torch's own operators; only a backend that is forced has to be there."""
+
+    def refuse():
+        raise rnn_cpu.BuildError("not built")
+
+    monkeypatch.setattr(rnn_cpu, "library", refuse)
+    monkeypatch.setattr(rnn_cpu, "is_available", lambda: pytest.fail("asked for the compiled functions"))
+    wx, r, b = inputs_of("slstm", 2, 1, 2, 4)
+    rnn_step(wx[:, 0], r, b)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: not built"):
+        rnn_step(wx[:, 0], r, b, backend="cpu")
 
 
 @needs_compiler

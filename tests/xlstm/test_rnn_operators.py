@@ -1,6 +1,8 @@
 """The recurrent cells inside torch.compile, torch.export, the FLOP counter and autograd's corners."""
 
 import io
+import types
+import warnings
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.export import Dim, export
 from torch.utils.flop_counter import FlopCounterMode
 
 from vilma.testing import assert_close
-from vilma.xlstm import rnn, rnn_cpu, rnn_step
+from vilma.xlstm import rnn, rnn_cpu, rnn_operators, rnn_step, rnn_torch
 from vilma.xlstm.rnn_naive import CELLS
 
 cells = pytest.mark.parametrize("cell", CELLS)
@@ -216,3 +218,22 @@ def test_a_gradient_nobody_prepared_for(cell, backend):
         *(torch.autograd.grad(torch.ops.vilma.rnn(*call, save)[0].sum(), inputs) for save in (False, True))
     ):
         assert torch.equal(a, b)
+
+
+def test_a_gpu_without_triton_says_so_once(monkeypatch):
+    """The choice looks at a tensor's device and dtype only, so what stands for one will do."""
+    monkeypatch.setattr(rnn_operators, "_why_no_triton", lambda device: "no triton here")
+    rnn_operators._warn_of_the_loop.cache_clear()
+
+    def choose(dtype):
+        wx = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert rnn_operators.backend_for("auto", wx) is rnn_torch
+        return [str(warning.message) for warning in caught]
+
+    assert choose(torch.float64) == []
+    (said,) = choose(torch.bfloat16)
+    assert "slower loop on this GPU: no triton here; install" in said
+    assert choose(torch.float32) == []
+    rnn_operators._warn_of_the_loop.cache_clear()

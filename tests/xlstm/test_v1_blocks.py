@@ -287,16 +287,18 @@ def test_initialisation():
     depths = [block.bias[1, 0, 32].item() for block in xlstm_stack(64, 3, "0:1", num_heads=1).blocks]
     assert depths == pytest.approx([5 - 12 * (32 / 63) ** p for p in (0.3, 0.95, 1.6)], abs=1e-4)
 
-    torch.manual_seed(0)
     stack = xlstm_stack(32, 2, "1:1")
     fresh = {name: p.clone() for name, p in stack.named_parameters()}
     disturb(stack).float()
-    torch.manual_seed(0)
     for block in (*stack.blocks, stack.out_norm):
         block.reset_parameters()
     assert not stack.out_norm.weight.any() and not stack.blocks[1].recurrent.any()
     for name in ("blocks.0.fgate.bias", "blocks.1.bias", "blocks.0.skip", "blocks.1.norm_ffn.weight"):
         assert torch.equal(stack.get_parameter(name), fresh[name])
+    for name in ("blocks.0.proj_up.weight", "blocks.1.ffn.proj_up.weight"):
+        redrawn = stack.get_parameter(name)
+        assert not torch.equal(redrawn, fresh[name])
+        assert redrawn.std().item() == pytest.approx((2 / (5 * 32)) ** 0.5, rel=0.08)
 
 
 def test_dropout_acts_on_both_branches_and_in_training_only():
@@ -386,5 +388,13 @@ def test_errors():
         mLSTMBlock(32, 3)
     with pytest.raises(ValueError, match="num_heads=5 must divide dim=32"):
         sLSTMBlock(32, 5)
+    for heads in (0, -1):
+        message = rf"num_heads={heads} must divide .*; possible: 1, 2, 4, 8, 16, 32"
+        for pattern in ("1:0", "0:1"):
+            with pytest.raises(ValueError, match=message):
+                xlstm_stack(32, 1, pattern, num_heads=heads)
+    for pattern in ("1:0", "0:1"):
+        with pytest.raises(ValueError, match=r"x has shape \(2, 0, 32\); pass \(B, T, D\)"):
+            xlstm_stack(32, 1, pattern)(torch.randn(2, 0, 32))
     with pytest.raises(RuntimeError, match="triton"):
         xlstm_stack(32, 1, "0:1", backend="triton")(torch.randn(1, 2, 32))

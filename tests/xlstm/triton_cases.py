@@ -41,6 +41,7 @@ class Case:
     joint: bool = False
     dtype: str = "float32"
     gates: str = "normal"
+    closed: bool = False  # every third forget gate is -inf
     eps: float = 1e-6
     layout: str = "bhtd"  # or "bthd", or "far": 2^31 elements lie between the first and the last row
     step: bool = False
@@ -52,6 +53,8 @@ def inputs_of(case: Case) -> tuple[list[Tensor], list[Tensor | None], Tensor | N
     dtype = getattr(torch, case.dtype)
     given = [x.to(dtype) for x in random_mlstm(*sizes, dtype=torch.float64, device=DEVICE, gates=case.gates)]
     given[3:] = [x.float() for x in given[3:]]
+    if case.closed:
+        given[4][..., 2::3] = float("-inf")
     if case.layout == "bthd":
         given = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]
     if case.layout == "far":

@@ -74,8 +74,9 @@ class xLSTMLargeBlock(nn.Module):
         """x (B, T, D) -> (B, T, D), with the state after the last step when ``return_state``.
 
         With ``last=n`` only the last n outputs, (B, n, D): past its mixing the block runs on them alone.
-        Raises ValueError unless 1 <= n <= T.
+        Raises ValueError where x is empty, and unless 1 <= n <= T.
         """
+        check_sequence(x)
         y, state = self.mlstm_layer(self.norm_mlstm(x), state, return_state)
         x = last_steps(x + y, last)
         x = x + self.ffn(self.norm_ffn(x))
@@ -116,6 +117,8 @@ class BlockStack(nn.Module):
             x = block(x, states[j], return_state, **options)
             if return_state:
                 x, states[j] = x
+        if not len(self.blocks):
+            x = last_steps(x, last)
         x = self.out_norm(x)
         return (x, states) if return_state else x
 
@@ -150,11 +153,8 @@ class _mLSTMLayer(nn.Module):
     ):
         super().__init__()
         qk_dim, v_dim = int(dim * qk_dim_factor), int(dim * v_dim_factor)
-        if qk_dim % num_heads or v_dim % num_heads or min(qk_dim, v_dim) < num_heads:
-            raise ValueError(
-                f"num_heads={num_heads} must divide the widths of q, k ({qk_dim} = {qk_dim_factor} * {dim}) "
-                f"and v ({v_dim} = {v_dim_factor} * {dim})"
-            )
+        of_qk, of_v = f"{qk_dim} = {qk_dim_factor} * {dim}", f"{v_dim} = {v_dim_factor} * {dim}"
+        check_heads(num_heads, f"the widths of q, k ({of_qk}) and v ({of_v})", qk_dim, v_dim)
         self.num_heads, self.gate_soft_cap, self.eps = num_heads, gate_soft_cap, eps
         self.num_blocks, self.backend = num_blocks, backend
         self.q = nn.Linear(dim, qk_dim, bias=False)
@@ -235,6 +235,21 @@ def init_small(weight: Tensor, dim: int) -> None:
 def init_output(weight: Tensor, num_blocks: int) -> None:
     """N(0, (2/num_blocks)^2/D): a projection (D, in) back into the residual stream."""
     nn.init.normal_(weight, std=2 / (num_blocks * sqrt(weight.shape[0])))
+
+
+def check_heads(num_heads: int, name: str, *widths: int) -> None:
+    """ValueError with the numbers of heads that are possible unless ``num_heads`` divides all widths."""
+    possible = [n for n in range(1, min(widths) + 1) if not any(width % n for width in widths)]
+    if num_heads not in possible:
+        named = ", ".join(map(str, possible)) or "none, they are too narrow"
+        raise ValueError(f"num_heads={num_heads} must divide {name}; possible: {named}")
+
+
+def check_sequence(x: Tensor) -> None:
+    """ValueError unless x is (B, T, D) and not empty."""
+    shape = tuple(x.shape)
+    if len(shape) != 3 or 0 in shape:
+        raise ValueError(f"x has shape {shape}; pass (B, T, D) with every size at least 1")
 
 
 def last_steps(x: Tensor, last: int | None) -> Tensor:

@@ -85,7 +85,10 @@ class Extension:
                         _build(self._source, path)
             loaded = ctypes.CDLL(str(path))
         except OSError as error:
-            raise BuildError(f"{self._source.name} cannot be built or loaded: {error}") from error
+            raise BuildError(
+                f"{self._source.name} cannot be built or loaded: {error}; set TORCH_EXTENSIONS_DIR to "
+                "a folder where files can be written and executed, and start again"
+            ) from error
         for name in self._functions:
             function = getattr(loaded, f"{self._prefix}{name}")
             function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_void_p), ctypes.c_int
@@ -144,21 +147,37 @@ def _build(source: Path, path: Path) -> None:
             f"no C++ compiler found on PATH (looked for {', '.join(_COMPILERS)}); install g++ "
             "(apt install g++, or conda install gxx) or name one in CXX, and start again"
         )
-    errors = []
+    try:
+        words = shlex.split(compiler)
+    except ValueError:  # a quote that is not closed
+        words = []
+    unusable = BuildError(
+        f"CXX={compiler!r} is no compiler that can be run; name one in CXX or unset it, install g++ "
+        "(apt install g++, or conda install gxx), and start again"
+    )
+    if not words or shutil.which(words[0]) is None:
+        raise unusable
+    failures = []
     for native in (("-march=native",), ()):
         # built beside its place and moved there in one step: nobody ever loads half a file
         unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        command = [*shlex.split(compiler), *FLAGS, *native, "-o", str(unfinished), str(source)]
+        command = [*words, *FLAGS, *native, "-o", str(unfinished), str(source)]
         try:
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode == 0:
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            except OSError as error:
+                raise unusable from error
+            if result.returncode == 0 and unfinished.exists():
                 os.replace(unfinished, path)
                 return
-            errors.append(result.stderr.strip()[-1500:])
+            said = result.stderr.strip()[-1500:] or f"exit status {result.returncode}, no file, no message"
+            failures.append((command, said))
         finally:
             unfinished.unlink(missing_ok=True)
+    command, said = failures[0]
     raise BuildError(
-        f"{shlex.join(command)} failed; a g++ of version 12 or newer is known to work:\n{errors[0]}"
+        f"{shlex.join(command)} failed; a g++ of version 12 or newer is known to work: install it "
+        f"(apt install g++, or conda install gxx), name it in CXX, and start again:\n{said}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._pytree import _register_namedtuple
 
 from .mlstm_chunkwise import no_autocast
@@ -66,7 +67,8 @@ def mlstm(
         q, k: queries and keys (B, H, T, Dk), any strides. The scale Dk^-1/2 is applied inside.
         v: values (B, H, T, Dv).
         i, f: gate pre-activations (B, H, T).
-        state: state before the first step; zero (with m = 0) when None.
+        state: state before the first step; zero (with m = 0) when None. It is converted to the dtype in which
+            this call accumulates: float64 is rounded to float32 unless q or a gate has it.
         gate: ``exp`` or ``sigmoid``.
         normalize: divide by the normaliser; None means yes for ``exp``, no for ``sigmoid``. Not normalised, h
             is ``Dk^-1/2 q_t`` times the memory itself: ``C_t exp(m_t)`` for ``exp``, which may overflow.
@@ -84,19 +86,24 @@ def mlstm(
     Returns:
         h (B, H, T, Dv) in q's dtype and, with ``return_state``, the last `MLSTMState`. Gates and states are
         accumulated in float32, or float64 where q or a gate has it. Every gradient is exact, the normaliser's
-        and those of the first and last state included; second derivatives only with ``backend="naive"``.
+        and those of the first and last state included. Derivatives are reverse-mode and first: forward-mode
+        and second ones only with ``backend="naive"``.
+
+    Steps that are padding must hold finite numbers, whatever the gates make of them: inside a chunk they are
+    multiplied by weights of zero, and a NaN or an infinity reaches the steps before it.
 
     Raises:
         ValueError: arguments that do not fit together.
-        RuntimeError: a backend forced by name that cannot run here.
+        RuntimeError: a backend forced by name that cannot run here; forward-mode derivatives asked of a
+            backend other than ``naive``.
     """
     normalize = _check_options(gate, normalize)
     _check_sequence(q, k, v, i, f)
     if reset is not None:
         _check_reset(reset, q)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}; pass a positive number of steps or None")
+    _check_chunk_size(chunk_size)
     _check_backend(backend)
+    _check_eps(eps)
     acc = _accumulation_dtype(q, i, f)
     i, f = i.to(acc), f.to(acc)
     if state is not None:
@@ -112,7 +119,9 @@ def mlstm(
         given = state or (None, None, None)
         starts = None if reset is None else sequence_starts(reset, reverse)
         exponential = gate == "exp"
-        save = _needs_grad(q, k, v, i, f, *given)
+        _refuse_tangents(q, k, v, i, f, *given)
+        # the shapes of what is kept depend on backend and length, which an exported program leaves open
+        save = _needs_grad(q, k, v, i, f, *given) and not torch.compiler.is_exporting()
         h, c, n, m, *_ = torch.ops.vilma.mlstm(
             q,
             k,
@@ -161,12 +170,14 @@ def mlstm_step(
     normalize = _check_options(gate, normalize)
     _check_step(q, k, v, i, f)
     _check_backend(backend)
+    _check_eps(eps)
     acc = _accumulation_dtype(q, i, f)
     i, f = i.to(acc), f.to(acc)
     if state is not None:
         state = _check_state(state, q, v, gate, normalize, acc)
     given = state or (None, None, None)
     if backend != "naive" and not _needs_grad(q, k, v, i, f, *given):
+        _refuse_tangents(q, k, v, i, f, *given)
         exponential = gate == "exp"
         h, c, n, m = torch.ops.vilma.mlstm_step(q, k, v, i, f, *given, exponential, normalize, eps, backend)
         return h, MLSTMState(c, n, m if exponential else None)
@@ -180,6 +191,28 @@ def mlstm_step(
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """The operators have no forward derivative, and torch would take it for zero."""
+    if forward_ad._current_level < 0:
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError("this mlstm backend has no forward-mode derivative; use backend='naive'")
+
+
+def _check_chunk_size(chunk_size: int | None) -> None:
+    if chunk_size is None:
+        return
+    whole = isinstance(chunk_size, (int, torch.SymInt)) and not isinstance(chunk_size, bool)
+    if not whole or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; pass a positive whole number of steps or None")
+
+
+def _check_eps(eps: float) -> None:
+    number = isinstance(eps, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(eps, bool)
+    if not number or not eps >= 0:
+        raise ValueError(f"eps is {eps!r}; pass a number that is not negative (default 1e-6)")
 
 
 def _check_backend(backend: str) -> None:

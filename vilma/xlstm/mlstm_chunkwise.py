@@ -154,7 +154,8 @@ def step(
     gate = "exp" if form.exponential else "sigmoid"
     with no_autocast(q):
         h, last = mlstm_step_naive(q_, k_, v_, i, f, state, gate, form.normalize, form.eps)
-    return h.to(q.dtype), last
+    h, *last = (x if x is None else x.contiguous() for x in (h.to(q.dtype), *last))
+    return h, tuple(last)
 
 
 def _forward(q, k, v, i, f, state, starts, form: Form, return_state: bool, save: bool):
@@ -192,7 +193,7 @@ def _forward(q, k, v, i, f, state, starts, form: Form, return_state: bool, save:
                 inner.append((c, n, m))
     last = (None, None, None)
     if return_state:
-        last = (c.view(batch, heads, dim_qk, -1), n.view(batch, heads, dim_qk), None)
+        last = (c.view(batch, heads, dim_qk, -1), n.contiguous().view(batch, heads, dim_qk), None)
         if m is not None:
             last = (*last[:2], m.view(batch, heads))
     if save:
@@ -316,7 +317,7 @@ def _backward(grads, q, k, v, i, f, state, starts, last, saved, form: Form):
         if form.exponential:
             dm = (product if mu is None else product + mu).view(batch, heads)
         dn = torch.zeros_like(states[0][1]) if dn is None else dn
-        d_state = (dc.view(batch, heads, dim_qk, -1), dn.view(batch, heads, dim_qk), dm)
+        d_state = (dc.view(batch, heads, dim_qk, -1), dn.contiguous().view(batch, heads, dim_qk), dm)
     return dq, dk, dv, di.view(i.shape), df.view(f.shape), *d_state
 
 
@@ -379,7 +380,7 @@ def _chunk_gates(
     start = torch.exp(initial - row_max)
     floor = torch.exp(-b - row_max)
     # the last state is in units of m as it is handed on, rounded to its dtype
-    last_m = (b + row_max)[:, last].to(acc)
+    last_m = (b + row_max)[:, last].to(acc).contiguous()
     unit = last_m - b[:, last]
     write, keep = torch.exp(u - unit[:, None]), torch.exp(initial[:, -1] - unit)
     if segment is not None:
@@ -460,7 +461,12 @@ def _by_row(c: Tensor | None, n: Tensor | None, m: Tensor | None) -> tuple:
 def dense_like(x: Tensor) -> Tensor:
     """Uninitialised, in x's order of axes where its last axis is the innermost one, else contiguous."""
     y = torch.empty_like(x)
-    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+    # with a last axis of one feature torch and its fake tensors order the axes differently
+    return (
+        y
+        if x.shape[-1] > 1 and y.stride(-1) == 1
+        else torch.empty_like(x, memory_format=torch.contiguous_format)
+    )
 
 
 def no_autocast(x: Tensor):

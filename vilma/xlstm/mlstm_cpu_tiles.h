@@ -234,9 +234,11 @@ struct Arena {
     used = 0;
     if (bytes <= size) return;
     std::free(data);
-    size = (bytes + 4095) / 4096 * 4096;
-    data = static_cast<char*>(std::aligned_alloc(4096, size));
+    data = nullptr, size = 0;  // what a failure leaves
+    bytes = (bytes + 4095) / 4096 * 4096;
+    data = static_cast<char*>(std::aligned_alloc(4096, bytes));
     if (!data) throw std::bad_alloc();
+    size = bytes;
   }
   template <class T = float>
   T* take(size_t count) {

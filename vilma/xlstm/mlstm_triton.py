@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .mlstm_triton_launch import empty_like, interpreting, launch, on_device, rowwise, strides
+from .mlstm_chunkwise import dense_like
+from .mlstm_triton_launch import interpreting, launch, on_device, rowwise, strides
 from .mlstm_triton_tiles import (
     Tile,
     Tiles,
@@ -127,7 +128,7 @@ def forward(
     q, k, v = (rowwise(x) for x in (q, k, v))
     c0, n0, m0 = (None if x is None else x.float().contiguous() for x in state)
     form = _Form(q, v, gate, normalize, reverse, chunk_size, eps, tiles)
-    h = empty_like(v)
+    h = dense_like(v)
     with on_device(q):
         rows, marks = _gates(i, f, m0, starts, form)
         c = n = None
@@ -190,7 +191,7 @@ def backward(
     dc, dn, dm = (None if x is None else x.float().contiguous() for x in dstate)
     heads, steps, dim_qk = q.shape[1:]
     first_state = form.first_state(c0)
-    dq, dk, dv = (empty_like(x) for x in (q, k, v))
+    dq, dk, dv = (dense_like(x) for x in (q, k, v))
     shared = {"DK": dim_qk, "DV": form.dim_v, "NORMALIZE": normalize, "RESET": reset, **form.flags}
     grad_rows = torch.empty(form.heads_all, _GRAD_ROWS, steps, dtype=torch.float32, device=q.device)
     strided = (rows.stride(0), grad_rows.stride(0))
@@ -360,7 +361,7 @@ def _gates(i, f, m0, starts, form: _Form) -> tuple[Tensor, Tensor]:
     if starts is not None:
         starts = starts.contiguous().view(torch.uint8)
     where = (form.heads, *strides(i, f), steps, form.chunk, chunks)
-    flags = {"REVERSE": form.reverse, "RESET": starts is not None, "BLOCK": form.block}
+    flags = {"REVERSE": form.reverse, "RESET": starts is not None, "SPLIT": split, "BLOCK": form.block}
     chained = form.exponential and chunks > 1
     if chained:
         decay, level = (torch.empty(n, chunks, dtype=torch.float64, device=form.device) for _ in range(2))
@@ -387,7 +388,6 @@ def _gates(i, f, m0, starts, form: _Form) -> tuple[Tensor, Tensor]:
         EXPONENTIAL=form.exponential,
         HAS_M0=m0 is not None,
         CHAINED=chained,
-        SPLIT=split,
         tile=form.gates,
         **flags,
     )
@@ -467,7 +467,7 @@ def _grad_gates(i, f, rows, grad_rows, qdq, kdk, end, mu_last, want_m0: bool, re
     from . import mlstm_triton_gates as kernels
 
     n, steps, chunks = form.heads_all, form.steps, form.chunks
-    di, df = torch.empty_like(i), torch.empty_like(f)
+    di, df = i.new_empty(i.shape), f.new_empty(f.shape)
     strided = (rows.stride(0), grad_rows.stride(0), form.eps)
     mu = None
     moves = form.exponential and (form.normalize or mu_last is not None)

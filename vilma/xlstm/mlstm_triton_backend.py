@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import mlstm_triton
 from .mlstm_chunkwise import Form
+from .mlstm_triton_launch import rowwise
 
 SAVES_H = True
 
@@ -37,7 +38,7 @@ def forward(q, k, v, i, f, state, starts, form: Form, return_state: bool, save: 
 
 def backward(grads, q, k, v, i, f, state, starts, h, last, saved, form: Form) -> tuple[Tensor | None, ...]:
     """As `vilma.xlstm.mlstm_chunkwise.backward`."""
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (rowwise(x) for x in (q, k, v))
     state = (None if x is None else x.contiguous() for x in state)
     kept = mlstm_triton.Saved(q, k, v, i, f, *state, h, last[0], last[1], *saved[:2])
     return tuple(mlstm_triton.backward(kept, grads[0], tuple(grads[1:]), **_options(form)))

@@ -34,6 +34,9 @@ SHIFTED = tl.constexpr(3)  # M_t (its low part where it has one) plus log2 of th
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 _MIN_LOG_F = tl.constexpr(-1e4)
+# u and M of half types are single float32 numbers, of which each closed gate would take precision:
+# just enough for zero beside memories that are exp(40) times smaller
+_MIN_LOG_F_HALF = tl.constexpr(-128.0)
 _MIN_LOG_I = tl.constexpr(-1e30)
 
 
@@ -78,7 +81,8 @@ def _head(n, heads, stride_b, stride_h):
 @triton.jit
 def _scan(
     I, F, STARTS, n, c, heads, sib, sih, sit, sfb, sfh, sft, T, L,
-    EXPONENTIAL: tl.constexpr, REVERSE: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr,
+    EXPONENTIAL: tl.constexpr, REVERSE: tl.constexpr, RESET: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each step of chunk c: sequence, sum of log f, u (natural log), its running maximum and its place."""
     j = tl.arange(0, BLOCK)
@@ -86,13 +90,14 @@ def _scan(
     t = tl.cast(T - 1 - c * L - j if REVERSE else c * L + j, tl.int64)
     i = tl.load(I + _head(n, heads, sib, sih) + t * sit, mask=live, other=0.0).to(tl.float32)
     f = tl.load(F + _head(n, heads, sfb, sfh) + t * sft, mask=live, other=0.0).to(tl.float32)
+    least = _MIN_LOG_F if SPLIT else _MIN_LOG_F_HALF
     log_f = _log_sigmoid(f)
-    log_f = tl.where(live, tl.where(log_f < _MIN_LOG_F, _MIN_LOG_F, log_f), 0.0).to(tl.float64)
+    log_f = tl.where(live, tl.where(log_f < least, least, log_f), 0.0).to(tl.float64)
     if EXPONENTIAL:
         log_i = tl.where(i < _MIN_LOG_I, _MIN_LOG_I, i)
     else:
         log_i = _log_sigmoid(i)
-        log_i = tl.where(log_i < _MIN_LOG_F, _MIN_LOG_F, log_i)
+        log_i = tl.where(log_i < least, least, log_i)
     if RESET:
         starts = tl.load(STARTS + tl.cast(n // heads, tl.int64) * T + t, mask=live, other=0).to(tl.int32)
         segment = tl.cumsum(starts, 0)
@@ -110,13 +115,13 @@ def _scan(
 @triton.jit(do_not_specialize=["heads", "sib", "sih", "sit", "sfb", "sfh", "sft", "T", "L", "NC"])
 def summarise_chunks(
     I, F, STARTS, DECAY, LEVEL, heads, sib, sih, sit, sfb, sfh, sft, T, L, NC,
-    REVERSE: tl.constexpr, RESET: tl.constexpr, BLOCK: tl.constexpr,
+    REVERSE: tl.constexpr, RESET: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a chunk does to m (exponential gate): m -> max(m + decay, level), both (N, NC) float64."""
     c = tl.program_id(0) % NC
     n = tl.program_id(0) // NC
     j, _, segment, b, _, top, _ = _scan(
-        I, F, STARTS, n, c, heads, sib, sih, sit, sfb, sfh, sft, T, L, True, REVERSE, RESET, BLOCK
+        I, F, STARTS, n, c, heads, sib, sih, sit, sfb, sfh, sft, T, L, True, REVERSE, RESET, SPLIT, BLOCK
     )
     last = j == tl.minimum(L, T - c * L) - 1
     b = tl.sum(tl.where(last, b, 0.0), 0)
@@ -163,7 +168,25 @@ def gates(
     c = tl.program_id(0) % NC
     n = tl.program_id(0) // NC
     j, live, segment, b, u, top, source = _scan(
-        I, F, STARTS, n, c, heads, sib, sih, sit, sfb, sfh, sft, T, L, EXPONENTIAL, REVERSE, RESET, BLOCK
+        I,
+        F,
+        STARTS,
+        n,
+        c,
+        heads,
+        sib,
+        sih,
+        sit,
+        sfb,
+        sfh,
+        sft,
+        T,
+        L,
+        EXPONENTIAL,
+        REVERSE,
+        RESET,
+        SPLIT,
+        BLOCK,
     )
     marks = MARKS + tl.cast(n, tl.int64) * 2 * (NC + 1) + c
     last = j == tl.minimum(L, T - c * L) - 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mlstm_chunkwise import dense_like
 from .mlstm_triton_tiles import Tile
 
 _compiled: dict[Hashable, tuple[Any, list]] = {}
@@ -73,14 +74,8 @@ def strides(*tensors: Tensor, axes: int = 3) -> list[int]:
 
 
 def rowwise(x: Tensor) -> Tensor:
-    """x with a last axis of stride 1; whatever order the other axes lie in is kept."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def empty_like(x: Tensor) -> Tensor:
-    """An empty tensor in x's layout; contiguous where x repeats elements."""
-    y = torch.empty_like(x)
-    return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
+    """x with a last axis of stride 1; a copy is laid out as `dense_like` does it."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else dense_like(x).copy_(x)
 
 
 def on_device(x: Tensor) -> AbstractContextManager:

@@ -62,14 +62,16 @@ def rnn(
         grad_clip: clamp the gradient that reaches h_{t-1} through r to [-grad_clip, grad_clip], element by
             element and at every step; 0 cuts it. What reaches h_{t-1} otherwise is not touched.
         backend: ``triton`` (CUDA, ROCm), ``cpu`` (compiled when it is first used), ``torch`` or ``naive``;
-            ``auto`` picks the first of them that runs here. float64 takes ``torch`` on a CPU in any case.
+            ``auto`` picks the first of them that runs here. float64 takes ``torch`` on a CPU in any case. On
+            Triton the products of h and r take both rounded to wx's dtype, and sum in float32.
 
     Returns:
         h (B, T, H, D) in wx's dtype and, with ``return_state``, the last states, a tuple in the order above.
         States are float32, or float64 where wx is, and sums likewise. Every gradient is exact but for
-        ``grad_clip``, those of the first and last states included; second derivatives only with
-        ``backend="naive"``. c and n of the sLSTM are in units of exp(m). max(F n + I, 1) passes the gradient
-        at equality; below 1, which takes a given n between 0 and 1, it stops it.
+        ``grad_clip``, those of the first and last states included. Differentiation is reverse-mode and once;
+        forward mode, second derivatives and torch.func need ``backend="naive"``. c and n of the sLSTM are in
+        units of exp(m). max(F n + I, 1) passes the gradient at equality; below 1, which takes a given n
+        between 0 and 1, it stops it.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -79,9 +81,7 @@ def rnn(
     if reset is not None:
         _check_reset(reset, wx)
     if grad_clip is not None:
-        grad_clip = float(grad_clip)
-        if not grad_clip >= 0.0 or math.isinf(grad_clip):
-            raise ValueError(f"grad_clip is {grad_clip}; pass a bound of 0 or more, or None for no bound")
+        grad_clip = _check_grad_clip(grad_clip)
     if state is not None:
         state = _check_state(state, wx, cell)
     if backend == "naive":
@@ -129,13 +129,14 @@ def rnn_step(
     if backend != "naive" and not _needs_grad(wx, r, b, *given):
         h, *rest = torch.ops.vilma.rnn_step(wx, r, b, *given, cell, backend)
         return h, tuple(rest[: len(CELLS[cell].states)])
-    if not torch.compiler.is_compiling() and backend != "naive":
+    if not torch.compiler.is_compiling() and backend not in ("auto", "naive"):
         backend_for(backend, wx)  # raises where one that was forced cannot run
     acc = accumulation_dtype(wx)
     with no_autocast(wx):
         b = None if b is None else b.to(acc)
         state = rnn_step_naive(wx.to(acc), r.to(acc), b, state or _zero_state(wx, cell), cell, None)
-    return state[0].to(wx.dtype), state
+    # a state is nobody's h: neither may change with the other
+    return state[0].to(wx.dtype, copy=True), state
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -189,6 +190,16 @@ def _check(wx: Tensor, r: Tensor, b: Tensor | None, cell: str, backend: str, seq
         raise ValueError(
             f"b has shape {tuple(b.shape)}; pass (G, H, D) = {wanted} with G = {', '.join(kinds.b)}"
         )
+
+
+def _check_grad_clip(grad_clip: float) -> float:
+    try:
+        bound = float(grad_clip)
+    except (TypeError, ValueError):
+        bound = math.nan
+    if not bound >= 0.0 or math.isinf(bound):
+        raise ValueError(f"grad_clip is {grad_clip!r}; pass a number of 0 or more, or None for no bound")
+    return bound
 
 
 def _check_reset(reset: Tensor, wx: Tensor) -> None:

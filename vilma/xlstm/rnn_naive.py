@@ -78,8 +78,11 @@ def rnn_step_naive(
         return o * torch.tanh(c), c
     n, m = state[2:]
     kept = F.logsigmoid(f) + m
-    m = torch.where((n == 0) | (i >= kept), i, kept)
-    f, i = torch.exp((kept - m).clamp(max=MAX_LOG)), torch.exp(i - m)
+    # exp(i - m) and exp(kept - m), one of which is 1: not from m, which is infinite where i is
+    takes, d = (n == 0) | (i >= kept), i - kept
+    m = torch.where(takes, i, kept)
+    e = torch.exp(torch.where(takes, -d, d).clamp(max=MAX_LOG))
+    f, i = torch.where(takes, e, 1.0), torch.where(takes, 1.0, e)
     c, n = f * c + i * z, (f * n + i).clamp(min=1.0)
     return o * c / n, c, n, m
 

@@ -12,6 +12,7 @@ asked for, a bias) is an empty tensor.
 
 import functools
 import importlib
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -47,6 +48,7 @@ def backend_for(backend: str, wx: Tensor) -> ModuleType:
             return _triton()
         if backend == "triton":
             raise RuntimeError(f"backend 'triton' is not available: {why}")
+        _warn_of_the_loop(why)
     if backend == "cpu":
         if wx.device.type != "cpu":
             raise RuntimeError(
@@ -59,6 +61,15 @@ def backend_for(backend: str, wx: Tensor) -> ModuleType:
     # float64 is there to check with, and takes the plain path
     compiled = backend in ("cpu", "auto") and wx.device.type == "cpu" and single
     return rnn_cpu if compiled and rnn_cpu.is_available() else rnn_torch
+
+
+@functools.cache  # once for each reason
+def _warn_of_the_loop(why: str) -> None:
+    warnings.warn(
+        f"the recurrent cell runs torch's slower loop on this GPU: {why}; install a triton that fits "
+        "this torch (pip install triton), or pass backend='torch'",
+        stacklevel=2,
+    )
 
 
 @functools.cache

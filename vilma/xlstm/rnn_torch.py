@@ -126,7 +126,7 @@ def _forward(wx, r, b, state, starts, form: Form, return_state: bool, save: bool
     weight = r.to(acc).flatten(2)
     bias = None if b is None else b.to(acc).transpose(0, 1)[:, None]
     zeroed = _zeroed(starts)
-    current = _by_head(state, (heads, batch, dim), wx, acc)
+    current = _by_head(state, (heads, batch, dim), wx, acc, form)
     run = _FORWARD[form.cell]
     fresh = True  # whether n may be below 1
     for lo, hi in _spans(steps, form):
@@ -136,6 +136,8 @@ def _forward(wx, r, b, state, starts, form: Form, return_state: bool, save: bool
         block[:, :, :, : -len(cell.wx)] = 0.0
         if bias is not None:
             block += bias
+        if form.cell == "slstm":
+            block[:, :, :, 0].clamp_(*_finite(acc))
         read_at = block[:, :, :, : len(cell.r)].flatten(3).unbind(0)
         by_gate = [x.unbind(0) for x in block.unbind(3)]
         h_at = h_work.unbind(0)
@@ -202,7 +204,7 @@ def _backward(grads, wx, r, b, state, starts, h, last, saved, form: Form) -> Gra
     shape = (heads, batch, dim)
     gates, others = saved[0], saved[1]
     kept = [h.to(acc).permute(1, 2, 0, 3), *([] if others is None else others.unbind(1))]
-    initial, zeroed = _by_head(state, shape, wx, acc), _zeroed(starts)
+    initial, zeroed = _by_head(state, shape, wx, acc, form), _zeroed(starts)
     dh = None if grads[0] is None else grads[0].permute(1, 2, 0, 3)
     # what the step at hand receives: through r, beside it, of c and n, and of m at fixed c exp(m), n exp(m)
     through = wx.new_zeros(shape, dtype=acc) if grads[1] is None else grads[1].to(acc).transpose(0, 1)
@@ -381,11 +383,23 @@ def _zeroed(starts: Tensor | None) -> Tensor | None:
     return None if starts is None else starts.t()[:, None, :, None]
 
 
-def _by_head(state, shape, wx: Tensor, acc: torch.dtype) -> list[Tensor]:
+def _by_head(state, shape, wx: Tensor, acc: torch.dtype, form: Form) -> list[Tensor]:
     """The states (B, H, D), or zeros, as (H, B, D)."""
     if state[0] is None:
         return [wx.new_zeros(shape, dtype=acc)] * len(state)
-    return [x.transpose(0, 1).contiguous() for x in state]
+    by_head = [x.transpose(0, 1).contiguous() for x in state]
+    if form.cell == "slstm":
+        by_head[3] = by_head[3].clamp(*_finite(acc))
+    return by_head
+
+
+def _finite(acc: torch.dtype) -> tuple[float, float]:
+    """Bounds of sLSTM's i and m that no finite gate comes near and whose differences are finite.
+
+    Of an infinite i, i - m would be NaN where m is i.
+    """
+    bound = torch.finfo(acc).max / 8
+    return -bound, bound
 
 
 def _before(x: Tensor, x0: Tensor, rows: slice, zeroed: Tensor | None, form: Form) -> Tensor:

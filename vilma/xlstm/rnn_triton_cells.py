@@ -144,9 +144,9 @@ def retreat(
         dc += dh * to_c
         dn -= dh * to_c * ratio
         if MU:
-            below = n_next < tl.where(first, 1.0, float("-inf"))
-            mu += tl.where(below, dn, 0.0)
-            dn = tl.where(below, 0.0, dn)
+            stopped = tl.where(n_next < tl.where(first, 1.0, 0.0), dn, 0.0)
+            mu += stopped
+            dn -= stopped
         d0 = (dc * p1 + dn) * i_gate
         dc_kept, dn_kept = dc * f_gate, dn * f_gate
         d1 = (dc_kept * p4 + dn_kept * p5) * p3

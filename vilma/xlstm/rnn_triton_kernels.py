@@ -127,7 +127,6 @@ def sent_back(
 ):
     """The gradient that reaches h through r."""
     dh = tl.dot(d0, r0, input_precision=PRECISION)
-    # sums of their own: two products into one were seen to be compiled wrongly on Blackwell
     if CELL != ELMAN:
         dh += tl.dot(d1, r1, input_precision=PRECISION)
         dh += tl.dot(d2, r2, input_precision=PRECISION)

@@ -41,8 +41,9 @@ class Plan(NamedTuple):
 RESIDENT = {"sm80": 128 * 1024, "sm90": 128 * 1024, "gfx942": 64 * 1024}
 # Bytes of one gate's r, which passes through shared memory
 _SHARED = {"sm80": 96 * 1024, "sm90": 224 * 1024, "gfx942": 64 * 1024}
-# The largest head size that is run whole; beyond it a launch a step costs less than r from the cache
-WHOLE = 256
+# The largest head size that is run whole; beyond it a launch a step costs less than r from the cache. None on
+# AMD: the barrier that Triton makes there was not seen to wait for what was stored to memory.
+WHOLE = {"sm80": 256, "sm90": 256, "gfx942": 0}
 
 # Rows: the largest bytes of r for which a row is taken; then forward and backward.
 _RESIDENT = {
@@ -86,7 +87,7 @@ def plan_for(kind: str, dtype: torch.dtype, cell: str, dim: int, form: str | Non
     held = len(CELLS[cell].r) * padded(dim) ** 2 * width
     fits = held <= RESIDENT[kind] and padded(dim) ** 2 * dtype.itemsize <= _SHARED[kind]
     if form is None:
-        form = "resident" if fits else "whole" if dim <= WHOLE else "alternating"
+        form = "resident" if fits else "whole" if dim <= WHOLE[kind] else "alternating"
     step = _ALTERNATING[kind][0]
     replay = _REPLAY._replace(stages=1) if hip else _REPLAY
     if form == "resident":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import _register_namedtuple
 
-from .blocks import BlockStack, init_output, init_small, last_steps
+from .blocks import BlockStack, check_heads, check_sequence, init_output, init_small, last_steps
 from .layers import BlockDiagonalLinear, CausalConv1d, LayerNorm, MultiHeadNorm
 from .mlstm import mlstm, mlstm_step
 from .rnn import rnn, rnn_step
@@ -75,11 +75,8 @@ class mLSTMBlock(nn.Module):
     ):
         super().__init__()
         inner = _inner_width(dim, proj_factor)
-        if inner % num_heads:
-            raise ValueError(
-                f"num_heads={num_heads} must divide the inner width {inner} "
-                f"(proj_factor * dim = {proj_factor} * {dim}, rounded up to a multiple of {_ROUND_UP})"
-            )
+        source = f"proj_factor * dim = {proj_factor} * {dim}, rounded up to a multiple of {_ROUND_UP}"
+        check_heads(num_heads, f"the inner width {inner} ({source})", inner)
         self.dim, self.num_heads = dim, num_heads
         self.num_blocks, self.backend = num_blocks, backend
         self.norm = LayerNorm(dim, eps=_NORM_EPS)
@@ -124,8 +121,9 @@ class mLSTMBlock(nn.Module):
         """x (B, T, D) -> (B, T, D), with the state after the last step when ``return_state``.
 
         With ``last=n`` only the last n outputs, (B, n, D): past its mixing the block runs on them alone.
-        Raises ValueError unless 1 <= n <= T.
+        Raises ValueError where x is empty, and unless 1 <= n <= T.
         """
+        check_sequence(x)
         conv, cell = state or (None, None)
         u, z = self.proj_up(self.norm(x)).chunk(2, -1)
         a = self.conv(u, conv, return_state)
@@ -192,8 +190,7 @@ class sLSTMBlock(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads={num_heads} must divide dim={dim}")
+        check_heads(num_heads, f"dim={dim}", dim)
         head_dim = dim // num_heads
         self.dim, self.num_heads = dim, num_heads
         self.block_index, self.num_blocks, self.backend = block_index, num_blocks, backend
@@ -235,6 +232,7 @@ class sLSTMBlock(nn.Module):
         last: int | None = None,
     ) -> Tensor | tuple[Tensor, BlockState]:
         """As `mLSTMBlock.forward`."""
+        check_sequence(x)
         conv, cell = state or (None, None)
         y = self.norm(x)
         a = self.conv(y, conv, return_state)
