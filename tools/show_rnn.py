@@ -108,7 +108,7 @@ GROUPS = (
     Group("Triton compiled for sm_80, sm_90, gfx942: fits on chip", (TRITON, "-k", "compiled_resources")),
     Group(
         "the newest Triton",
-        ("tests/xlstm/test_newest_triton.py", TRITON, "-k", "newest and (rnn or recurrent)"),
+        ("tests/xlstm/test_newest_triton.py", "-k", "cells"),
     ),
     Group(
         "8 blocks of width 512, 7:1: prefill then steps = the full pass to 1e-4",
