@@ -1,43 +1,63 @@
 """Image and point-map encoders: one vector (or a row of tokens) for each picture.
 
-N: pictures; C, H, W: channels, rows, columns; E: width of the condition. Sources: PointMapPolicy (arXiv
-2510.20406, table 6) for the FiLM-ResNets, FiLM (arXiv 1709.07871), spatial softmax (arXiv 1504.00702, section
-4.2).
+N: pictures; C, H, W: channels, rows, columns; E: width of the condition; h, w: rows and columns of a feature
+map; K: tokens of a picture. Sources: PointMapPolicy (arXiv 2510.20406, table 6) for the FiLM-ResNets, FiLM
+(arXiv 1709.07871).
 """
 
 import difflib
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilma.extras import require_timm
 
+from .encoders_spatial import SpatialSoftmaxEncoder
+from .point_cloud import PointCloudEncoder
+
+__all__ = ["FiLM", "FiLMEncoder", "SpatialSoftmaxEncoder", "TimmEncoder", "build_encoder"]
+
 _COND_DIM = 512  # CLIP's text width, the condition of the paper
+_OWN = {"spatial_softmax": SpatialSoftmaxEncoder, "point_cloud": PointCloudEncoder}
 
 
 def build_encoder(
-    name: str, in_chans: int, cond_dim: int | None = None, pretrained: bool = False, **options
+    name: str,
+    in_chans: int,
+    cond_dim: int | None = None,
+    pretrained: bool = False,
+    weights: str | None = None,
+    **options,
 ) -> nn.Module:
-    """An encoder: ``num_features`` and ``forward(x (N, C, H, W), cond (N, E) | None) -> (N, num_features)``.
+    """An encoder: ``num_features`` and ``forward(x (N, C, H, W), cond (N, E) | None) -> (N, num_features)``,
+    or (N, K, num_features) with the option ``local_tokens``.
 
-    name: "spatial_softmax" (small, for CPUs; options of `SpatialSoftmaxEncoder`); "film_<timm name>", e.g.
-    "film_resnet50": a timm ResNet or ConvNeXt with FiLM after each of its four stages (``cond_dim`` defaults
-    to 512; options of `FiLMEncoder`); any timm name: pooled features, the condition unused (options of
-    ``timm.create_model``). ``is_conditioned`` tells which of them look at ``cond``. ``pretrained`` needs the
-    weights of timm's hub.
+    name: "spatial_softmax" (small, for CPUs; options of `SpatialSoftmaxEncoder`); "point_cloud" (DP3's;
+    options of `PointCloudEncoder`); "film_<timm name>", e.g. "film_resnet50": a timm ResNet, ConvNeXt or
+    DaViT with FiLM after each of its four stages (``cond_dim`` defaults to 512); any timm name, the ``vil``
+    family included: the condition is unused. Options of the last two: ``local_tokens`` and those of
+    ``timm.create_model``. ``is_conditioned`` tells which of them look at ``cond``.
 
-    Raises ValueError for unknown names and for options that the encoder lacks.
+    pretrained: start from pretrained weights, of any number of input channels (timm adapts the first layer):
+    those in the file ``weights``, else those of timm's hub.
+
+    Raises ValueError for unknown names, for options that the encoder lacks, and when pretrained weights are
+    asked for and cannot be had.
     """
-    if name == "spatial_softmax":
+    if name in _OWN:
         if pretrained:
-            raise ValueError("spatial_softmax has no pretrained weights: set pretrained=False")
-        return _construct(SpatialSoftmaxEncoder, name, in_chans, **options)
+            raise ValueError(f"{name} has no pretrained weights: set pretrained=False")
+        return _construct(_OWN[name], name, in_chans, **options)
+    local = bool(options.pop("local_tokens", False))
     if name.startswith("film_"):
-        local = {key: options.pop(key) for key in ("local_tokens",) if key in options}
-        network = _timm_model(name.removeprefix("film_"), in_chans, pretrained, options, prefix="film_")
-        return FiLMEncoder(network, _COND_DIM if cond_dim is None else cond_dim, **local)
-    return TimmEncoder(_timm_model(name, in_chans, pretrained, options))
+        network = _timm_model(name, name.removeprefix("film_"), in_chans, pretrained, weights, options)
+        return FiLMEncoder(network, _COND_DIM if cond_dim is None else cond_dim, local)
+    if local and name.startswith("vil"):
+        # The family's own pooling may be twice as wide as its tokens.
+        options.setdefault("global_pool", "bilateral_avg")
+    return TimmEncoder(_timm_model(name, name, in_chans, pretrained, weights, options), local)
 
 
 class FiLM(nn.Module):
@@ -60,21 +80,28 @@ class FiLM(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """The pooled features of a timm model; the condition is not used, as in the paper's ConvNeXt-V2."""
+    """The pooled features of a timm model; the condition is not used, as in the paper's ConvNeXt-V2.
+
+    ``local_tokens``: the pooled token followed by the last feature map's grid, row by row.
+    """
 
     is_conditioned = False
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, local_tokens: bool = False):
         super().__init__()
         self.network = network
-        self.num_features = network.num_features
+        self.num_features = getattr(network, "head_hidden_size", network.num_features)
+        self.local_tokens = local_tokens
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        return self.network(x)
+        if not self.local_tokens:
+            return self.network(x)
+        features = self.network.forward_features(x)
+        return _with_grid(self.network, features)
 
 
 class FiLMEncoder(nn.Module):
-    """A timm ResNet or ConvNeXt with FiLM after each of its four stages, then its own pooling.
+    """A timm ResNet, ConvNeXt or DaViT with FiLM after each of its four stages, then its own pooling.
 
     ``local_tokens``: return (N, 1 + h w, num_features), the pooled token followed by the last stage's grid,
     row by row.
@@ -84,11 +111,11 @@ class FiLMEncoder(nn.Module):
 
     def __init__(self, network: nn.Module, cond_dim: int = _COND_DIM, local_tokens: bool = False):
         super().__init__()
-        if not (hasattr(network, "layer4") or hasattr(network, "stages")) or not hasattr(
-            network, "forward_head"
-        ):
+        stem = hasattr(network, "layer4") or (hasattr(network, "stages") and hasattr(network, "stem"))
+        if not stem or not hasattr(network, "forward_head") or len(network.feature_info) < 4:
             raise ValueError(
-                f"FiLM goes after the stages of a timm ResNet or ConvNeXt; {type(network).__name__} has none"
+                "FiLM goes after the four stages of a timm ResNet, ConvNeXt or DaViT; "
+                f"{type(network).__name__} has none"
             )
         self.network = network
         self.num_features = network.num_features
@@ -111,115 +138,86 @@ class FiLMEncoder(nn.Module):
             x = film(stage(x), cond)
         if hasattr(network, "norm_pre"):
             x = network.norm_pre(x)
-        pooled = network.forward_head(x)
-        if not self.local_tokens:
-            return pooled
-        return torch.cat([pooled[:, None], x.flatten(2).mT], dim=1)
+        return _with_grid(network, x) if self.local_tokens else network.forward_head(x)
 
 
-class SpatialSoftmaxEncoder(nn.Module):
-    """Patches, two convolutions, then where the features are: small enough to train on two CPU cores.
+def feature_layer(encoder: nn.Module) -> nn.Module | None:
+    """The submodule whose output is the last map of features before pooling; None for an encoder without.
 
-    The patch layer is a sine without normalisation (learned Fourier features, arXiv 2006.10739). On point
-    maps this decides: "4 cm above the table" is a narrow band of a coordinate, which a sine selects at once
-    and a normalised ramp only after long training. For the same reason point maps should come scaled to a
-    workspace of about +-1 to +-3, and not as raw metres.
-
-    Image coordinates join the input (as a map added to the patches, which are linear: the same function as
-    two more channels, for one picture's work). Each of the ``channels[2]`` feature maps becomes a
-    distribution over the grid; the output mixes its expected (u, v), its expectation of the first
-    ``expect_channels`` input channels (for a point map: a 3-D point) and the mean features.
-
-    ``mask_channel``: index of the 0/1 validity channel; expectations of the input then run over valid pixels
-    only. ``stride``: pixels between patches, which overlap by one on each side. ``features``: output width.
-    forward(x (N, C, H, W), cond unused) -> (N, features).
+    For networks that pool a class token it is the last block but one, since the last patches are not read.
     """
-
-    is_conditioned = False
-
-    def __init__(
-        self,
-        in_chans: int,
-        features: int = 128,
-        channels: tuple[int, int, int] = (32, 32, 32),
-        stride: int = 4,
-        expect_channels: int = 0,
-        mask_channel: int | None = None,
-    ):
-        super().__init__()
-        if not 0 <= expect_channels <= in_chans:
-            raise ValueError(
-                f"expect_channels must lie between 0 and in_chans = {in_chans}, got {expect_channels}"
-            )
-        if mask_channel is not None and not 0 <= mask_channel < in_chans:
-            raise ValueError(f"mask_channel must be one of the {in_chans} input channels, got {mask_channel}")
-        if len(channels) != 3 or any(c % 8 for c in channels):
-            raise ValueError(
-                f"channels must be three multiples of 8 (normalisation groups), got {tuple(channels)}"
-            )
-        patch, middle, last = channels
-        self.num_features = features
-        self.stride = stride
-        self.expect_channels = expect_channels
-        self.mask_channel = mask_channel
-        self.patches = nn.Conv2d(in_chans, patch, stride + 2, stride, padding=1)
-        self.coordinates = nn.Conv2d(2, patch, stride + 2, stride, padding=1, bias=False)
-        self.mix = nn.Sequential(nn.Conv2d(patch, middle, 1), nn.GroupNorm(8, middle), nn.SiLU())
-        self.look = nn.Sequential(nn.Conv2d(middle, last, 3, padding=1), nn.GroupNorm(8, last), nn.SiLU())
-        self.sharpness = nn.Parameter(torch.zeros(last))
-        self.head = nn.Linear(last * (3 + expect_channels), features)
-
-    def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
-        if min(x.shape[-2:]) < 2 * self.stride:
-            raise ValueError(
-                f"pictures must be at least {2 * self.stride} pixels a side, got {tuple(x.shape)}"
-            )
-        features = torch.sin(self.patches(x) + self.coordinates(_grid(x.shape[-2:], x)))
-        features = self.look(self.mix(features))
-        size = features.shape[-2:]
-        flat = features.flatten(2)
-        where = (flat * self.sharpness.exp()[:, None]).softmax(-1)
-        position = where @ _grid(size, x).flatten(2).mT
-        parts = [position, flat.mean(-1, keepdim=True)]
-        if self.expect_channels:
-            parts.append(self._expect(x, where, size))
-        return self.head(torch.cat(parts, dim=-1).flatten(1))
-
-    def _expect(self, x: Tensor, where: Tensor, size: torch.Size) -> Tensor:
-        values = x[:, : self.expect_channels]
-        if self.mask_channel is None:
-            return where @ F.adaptive_avg_pool2d(values, size).flatten(2).mT
-        mask = x[:, self.mask_channel, None]
-        total = where @ F.adaptive_avg_pool2d(values * mask, size).flatten(2).mT
-        share = where @ F.adaptive_avg_pool2d(mask, size).flatten(2).mT
-        # A map that looks only at holes has no point: its expectation fades to 0 instead of blowing up.
-        return total / share.clamp_min(1e-2)
+    if isinstance(encoder, SpatialSoftmaxEncoder):
+        return encoder.look
+    if isinstance(encoder, FiLMEncoder):
+        return encoder.films[-1]
+    network = getattr(encoder, "network", None)
+    for name in ("layer4", "stages", "blocks"):
+        part = getattr(network, name, None)
+        if part is not None:
+            return part if name == "layer4" else part[-2 if name == "blocks" and len(part) > 1 else -1]
+    return None
 
 
-def _grid(size: torch.Size, like: Tensor) -> Tensor:
-    """(1, 2, H, W): column and row of the pixel centres, from -1 to 1 over the picture."""
-    v, u = ((torch.arange(n, dtype=like.dtype, device=like.device) * 2 + 1) / n - 1 for n in size)
-    return torch.stack(torch.meshgrid(u, v, indexing="xy"))[None]
+def as_feature_map(encoder: nn.Module, output: Tensor, size: tuple[int, int]) -> Tensor:
+    """Output of `feature_layer` as (N, C, h, w), for pictures of ``size`` (H, W)."""
+    network = getattr(encoder, "network", None)
+    if output.ndim == 4:
+        last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _is_vil(network)
+        return output.movedim(-1, 1) if last else output
+    tokens = output[:, getattr(network, "num_prefix_tokens", 0) :]
+    rows = max(1, round((tokens.shape[1] * size[0] / size[1]) ** 0.5))
+    while tokens.shape[1] % rows:
+        rows -= 1
+    return tokens.mT.unflatten(2, (rows, -1))
 
 
-def _timm_model(name: str, in_chans: int, pretrained: bool, options: dict, prefix: str = "") -> nn.Module:
+def _with_grid(network: nn.Module, features: Tensor) -> Tensor:
+    """(N, 1 + K, C): the pooled features and the map's positions, row by row."""
+    if features.ndim == 4:
+        last = getattr(network, "output_fmt", "NCHW") == "NHWC" or _is_vil(network)
+        tokens = features.flatten(1, 2) if last else features.flatten(2).mT
+    else:
+        tokens = features[:, getattr(network, "num_prefix_tokens", 0) :]
+    return torch.cat([network.forward_head(features)[:, None], tokens], dim=1)
+
+
+def _is_vil(network: nn.Module | None) -> bool:
+    return type(network).__name__ == "VisionLSTM"
+
+
+def _timm_model(
+    asked: str, name: str, in_chans: int, pretrained: bool, weights: str | None, options: dict[str, Any]
+) -> nn.Module:
     timm = require_timm()
+    if name.startswith("vil"):
+        import vilma.vil  # noqa: F401  importing the room registers the family
     if not timm.is_model(name):
+        prefix = asked.removesuffix(name)
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         close = f"; close: {', '.join(prefix + n for n in near)}" if near else ""
         raise ValueError(
-            f"unknown encoder {prefix + name!r}{close}. Encoders are spatial_softmax, film_<timm ResNet or "
-            "ConvNeXt> and the models of timm.list_models()"
+            f"unknown encoder {asked!r}{close}. Encoders are spatial_softmax, point_cloud, film_<timm "
+            "ResNet, ConvNeXt or DaViT> and the models of timm.list_models()"
         )
-    return _construct(
-        timm.create_model,
-        prefix + name,
-        name,
-        in_chans=in_chans,
-        num_classes=0,
-        pretrained=pretrained,
-        **options,
-    )
+    if name.startswith("vit_"):
+        # Any size of pictures, as with the other encoders; a fixed img_size is faster.
+        options = {"dynamic_img_size": "img_size" not in options, **options}
+    options = {"in_chans": in_chans, "num_classes": 0, **options}
+    if not pretrained:
+        return _construct(timm.create_model, asked, name, **options)
+    if weights is not None:
+        if not Path(weights).is_file():
+            raise ValueError(f"no pretrained weights of {name} at {weights}: no such file")
+        options["pretrained_cfg_overlay"] = {"file": str(weights)}
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # of the network, the hub's client, the file: what to do is the same
+        raise ValueError(
+            f"the pretrained weights of {name} cannot be had ({type(error).__name__}: {error}). Fetch them "
+            f"on a machine that reaches timm's hub (python -c \"import timm; timm.create_model('{name}', "
+            'pretrained=True)") and copy its cache here, name a file with policy.rgb_weights, or train '
+            "from scratch with policy.rgb_pretrained false"
+        ) from error
 
 
 def _construct(make, encoder: str, *args, **options):

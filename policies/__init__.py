@@ -13,14 +13,15 @@ if __name__ != "vilma.policies":
     )
 
 if TYPE_CHECKING:
-    from .pointmap_policy import PointMapPolicy, PointMapPolicyConfig
+    from .pointmap_config import PointMapPolicyConfig
+    from .pointmap_policy import PointMapPolicy
     from .policy import Policy, find_checkpoint, load_policy
 
 __all__ = ["PointMapPolicy", "PointMapPolicyConfig", "Policy", "find_checkpoint", "load_policy"]
 
 _HOME = {
     "PointMapPolicy": "pointmap_policy",
-    "PointMapPolicyConfig": "pointmap_policy",
+    "PointMapPolicyConfig": "pointmap_config",
     "Policy": "policy",
     "find_checkpoint": "policy",
     "load_policy": "policy",

@@ -1,8 +1,13 @@
-"""The causal xLSTM denoiser F of PointMapPolicy (arXiv 2510.20406): xLSTM-7B blocks over a token sequence.
+"""The denoiser F of PointMapPolicy (arXiv 2510.20406): a stack of blocks over a token sequence.
 
 B batch, n observation tokens, L their width, H horizon, A action size, D model width. The sequence is
-``[sigma, goal, obs_1 ... obs_n, action_1 ... action_H]``; the stack is causal, so an action sees the
-observations and the actions before it.
+
+    noise_token "first":  [sigma, goal, obs_1 ... obs_n, action_1 ... action_H]   the paper
+    noise_token "last":   [goal, obs_1 ... obs_n, sigma, action_1 ... action_H]
+    noise_token "none":   [goal, obs_1 ... obs_n, query_1 ... query_H]            regression
+
+With "last" the goal and the observations come before all that a denoising step changes: `Denoiser.remember`
+reads them once for all steps of a chunk.
 """
 
 import math
@@ -11,9 +16,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vilma.xlstm import BlockStack, xLSTMLargeBlock
-
+from .backbones import build_backbone
 from .edm import c_noise
+
+NOISE_TOKENS = ("first", "last", "none")
 
 
 class SigmaEmbedding(nn.Module):
@@ -34,11 +40,12 @@ class SigmaEmbedding(nn.Module):
         return self.down(nn.functional.mish(self.up(torch.cat([angle.sin(), angle.cos()], dim=-1))))
 
 
-class XLSTMDenoiser(nn.Module):
-    """Raw network F(x, sigma | observations, goal) of the EDM preconditioning in ``edm.py``.
+class Denoiser(nn.Module):
+    """Raw network F(x, sigma | observations, goal) of EDM's preconditioning (``edm.py``) or of another head.
 
     The goal takes position 0, then come observations and actions; sigma has no position. Every Linear starts
-    from N(0, 0.02) with zero bias, positions from N(0, 0.02).
+    from N(0, 0.02) with zero bias, positions from N(0, 0.02). backbone, ffn_factor, kernel: of
+    `vilma.policies.backbones.build_backbone`.
     """
 
     def __init__(
@@ -52,17 +59,31 @@ class XLSTMDenoiser(nn.Module):
         dim: int = 512,
         num_blocks: int = 8,
         num_heads: int = 8,
+        backbone: str = "xlstm",
+        noise_token: str = "first",
+        ffn_factor: float | None = None,
+        kernel: str = "auto",
     ):
         super().__init__()
+        if noise_token not in NOISE_TOKENS:
+            raise ValueError(f"noise_token must be one of {', '.join(NOISE_TOKENS)}; got {noise_token!r}")
         self.horizon = horizon
         self.num_obs_tokens = num_obs_tokens
+        self.noise_token = noise_token
+        takes_noise = noise_token != "none"
         self.obs_proj = nn.Linear(latent_dim, dim)
         self.goal_proj = nn.Linear(goal_dim, dim)
-        self.action_proj = nn.Linear(action_dim, dim)
+        self.action_proj = nn.Linear(action_dim, dim) if takes_noise else None
         self.position = nn.Parameter(torch.empty(1, 1 + num_obs_tokens + horizon, dim))
-        self.sigma_embed = SigmaEmbedding(dim)
-        self.stack = BlockStack(
-            [xLSTMLargeBlock(dim, num_heads) for _ in range(num_blocks)], norm=nn.RMSNorm(dim, eps=1e-6)
+        self.sigma_embed = SigmaEmbedding(dim) if takes_noise else None
+        self.stack = build_backbone(
+            backbone,
+            dim,
+            num_blocks,
+            num_heads,
+            tail=horizon + (noise_token == "last"),
+            ffn_factor=ffn_factor,
+            kernel=kernel,
         )
         self.head = nn.Linear(dim, action_dim)
         self.apply(_init_linear)
@@ -84,16 +105,33 @@ class XLSTMDenoiser(nn.Module):
         tokens = torch.cat([self.goal_proj(goal), self.obs_proj(obs)], dim=1)
         return tokens + self.position[:, : 1 + self.num_obs_tokens]
 
-    def forward(self, x: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
-        """F (B, H, A) for x (B, H, A), already scaled by c_in, and sigma (B,), given ``context``."""
-        actions = self.action_proj(x) + self.position[:, 1 + self.num_obs_tokens :]
-        tokens = torch.cat([self.sigma_embed(sigma)[:, None], context, actions], dim=1)
+    def remember(self, context: Tensor) -> list | None:
+        """What the stack keeps of ``context`` for `forward`; None where sigma comes before it."""
+        return None if self.noise_token == "first" else self.stack.remember(context)
+
+    def forward(
+        self, x: Tensor | None, sigma: Tensor | None, context: Tensor, memory: list | None = None
+    ) -> Tensor:
+        """F (B, H, A) for x (B, H, A), already scaled by c_in, and sigma (B,), given ``context``.
+
+        With ``memory`` of `remember` only sigma and the actions are run. A denoiser without a noise token
+        takes None for x and sigma.
+        """
+        actions = self.position[:, 1 + self.num_obs_tokens :]
+        if self.action_proj is None:
+            noisy = [actions.expand(len(context), -1, -1)]
+        else:
+            noisy = [self.sigma_embed(sigma)[:, None], self.action_proj(x) + actions]
+        if self.noise_token == "first":
+            tokens = [noisy[0], context, noisy[1]]
+        else:
+            tokens = noisy if memory is not None else [context, *noisy]
         # Only the actions are read: the last block's feed-forward runs on them alone (12 % of the time).
-        return self.head(self.stack(tokens, last=self.horizon))
+        return self.head(self.stack(torch.cat(tokens, dim=1), memory, last=self.horizon))
 
 
 def from_reference_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of ``XLSTMDenoiser`` from the parameter names of the reference implementation (X-IL's
+    """State dict of `Denoiser` from the parameter names of the reference implementation (X-IL's
     decoder-only denoiser). Raises ValueError for a name that has no counterpart."""
     renamed = {}
     for name, value in weights.items():

@@ -57,10 +57,15 @@ def edm_loss(
     noised = x + s * noise
     target = (x - c_skip(s, sigma_data) * noised) / c_out(s, sigma_data)
     error = (net(c_in(s, sigma_data) * noised, sigma).to(x.dtype) - target).square()
+    return masked_mean(error, mask)
+
+
+def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of error (B, ...) where ``mask`` (bool, its leading dimensions) is True; 0 where it nowhere is."""
     if mask is None:
         return error.mean()
-    keep = mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)).to(x.dtype)
-    return (error * keep).sum() / keep.expand_as(x).sum().clamp(min=1)
+    keep = mask.reshape(mask.shape + (1,) * (error.ndim - mask.ndim)).to(error.dtype)
+    return (error * keep).sum() / keep.expand_as(error).sum().clamp(min=1)
 
 
 def log_logistic(
@@ -128,7 +133,7 @@ def sample_heun(denoiser: Net, x: Tensor, sigmas: Tensor, callback: Callback | N
             callback(step, x, sigma, denoised)
         slope = (x - denoised) / sigma
         euler = x + (after - sigma) * slope
-        if after > 0:
+        if step < len(sigmas) - 2:  # known without looking at a value on the device
             slope_after = (euler - denoiser(euler, after.expand(len(x)))) / after
             x = x + (after - sigma) * (slope + slope_after) / 2
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vilma.pointmap.encoders import build_encoder
+from vilma.pointmap.encoders import as_feature_map, build_encoder, feature_layer
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "golden" / "pmp" / "encoder_shapes.json"
 NAMES = {
@@ -117,8 +117,11 @@ def test_spatial_softmax_learns_where_a_patch_is():
     "make, message",
     [
         (lambda: build_encoder("film_resnet5", 3), "unknown encoder 'film_resnet5'; close: film_resnet50"),
-        (lambda: build_encoder("spatial_sofmax", 3), "Encoders are spatial_softmax, film_"),
-        (lambda: build_encoder("film_vit_tiny_patch16_224", 3), "ResNet or ConvNeXt; VisionTransformer"),
+        (lambda: build_encoder("spatial_sofmax", 3), "Encoders are spatial_softmax, point_cloud, film_"),
+        (
+            lambda: build_encoder("film_vit_tiny_patch16_224", 3),
+            "ResNet, ConvNeXt or DaViT; VisionTransformer",
+        ),
         (lambda: build_encoder("spatial_softmax", 3, pretrained=True), "no pretrained weights"),
         (lambda: build_encoder("spatial_softmax", 3, depth=2), "does not take these options"),
         (lambda: build_encoder("resnet18", 3, depht=2), "does not take these options"),
@@ -135,3 +138,72 @@ def test_spatial_softmax_learns_where_a_patch_is():
 def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+TIMM = {
+    "film_resnet18": {},
+    "film_convnextv2_atto": {},
+    "film_davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
+    "convnextv2_atto": {},
+    "davit_tiny": {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 64, 64), "num_heads": (1, 2, 4, 4)},
+    "vit_small_patch14_dinov2": {"depth": 2, "embed_dim": 48, "num_heads": 3},
+    "vil2_tiny_patch16_224": {"depth": 2, "embed_dim": 48},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("channels, local", [(1, False), (3, True), (4, True), (6, False)])
+def test_families(name, channels, local):
+    """Pooled, or pooled and the grid, of any number of channels and below the nominal size."""
+    size = (56, 84) if "14" in name else (64, 96)
+    grid = {"vit": 4 * 6, "vil": 4 * 6}.get(name[:3], 2 * 3)
+    encoder = build_encoder(name, channels, cond_dim=8, local_tokens=local, **TIMM[name])
+    for films in getattr(encoder, "films", ()):
+        torch.nn.init.normal_(films.gamma.weight)
+    x, cond = torch.randn(2, channels, *size), torch.randn(2, 8)
+    out = encoder(x, cond)
+    assert out.shape == ((2, 1 + grid, encoder.num_features) if local else (2, encoder.num_features))
+    assert encoder.is_conditioned == name.startswith("film")
+    out.square().mean().backward()
+    still = [n for n, p in encoder.named_parameters() if p.grad is None]
+    assert not still
+    if local:
+        same = {"global_pool": "bilateral_avg"} if name.startswith("vil") else {}
+        pooled = build_encoder(name, channels, cond_dim=8, **TIMM[name], **same)
+        pooled.load_state_dict(encoder.state_dict())
+        torch.testing.assert_close(pooled.eval()(x, cond), encoder.eval()(x, cond)[:, 0])
+    layer, seen = feature_layer(encoder), []
+    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    encoder(x, cond)
+    features = as_feature_map(encoder, seen[0], size)
+    assert features.shape == (2, features.shape[1], *((4, 6) if grid == 24 else (2, 3)))
+
+
+def test_pretrained_weights_from_a_file(tmp_path):
+    """Into any number of input channels; the classifier of the file is left out."""
+    import timm
+    from safetensors.torch import save_file
+
+    donor = timm.create_model("resnet18")
+    file = tmp_path / "resnet18.safetensors"
+    save_file(donor.state_dict(), file)
+    for name in ("resnet18", "film_resnet18"):
+        for channels in (3, 4):
+            encoder = build_encoder(name, channels, pretrained=True, weights=str(file))
+            torch.testing.assert_close(encoder.network.layer3[0].conv1.weight, donor.layer3[0].conv1.weight)
+            if channels == 3:
+                torch.testing.assert_close(encoder.network.conv1.weight, donor.conv1.weight)
+
+
+def test_pretrained_weights_that_are_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"no pretrained weights of resnet18 at .*: no such file"):
+        build_encoder("resnet18", 3, pretrained=True, weights=str(tmp_path / "none.pth"))
+    with pytest.raises(ValueError, match=r"weights of resnet18 cannot be had .*rgb_weights, or train"):
+        build_encoder("film_resnet18", 3, pretrained=True)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="weights of resnet18 cannot be had"):
+        build_encoder("resnet18", 3, pretrained=True, weights=str(broken))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vilma.policies import edm
-from vilma.policies.denoiser import SigmaEmbedding, XLSTMDenoiser, from_reference_names
+from vilma.policies.denoiser import Denoiser, SigmaEmbedding, from_reference_names
 from vilma.testing import assert_close, golden
 
 
@@ -17,7 +17,7 @@ def tiny(**changes):
         "num_blocks": 2,
         "num_heads": 4,
     }
-    return XLSTMDenoiser(**(sizes | changes))
+    return Denoiser(**(sizes | changes))
 
 
 def golden_denoiser():

@@ -69,9 +69,29 @@ def test_a_text_without_words_is_refused(text):
         HashedTextEncoder()(["lift", text])
 
 
+def test_table_of_tasks():
+    torch.manual_seed(0)
+    encoder = build_text_encoder("table", 16, tasks=("lift the cube", "Open the drawer"))
+    a, b, c = encoder(["Lift the cube.", "open the  drawer", "lift the cube"])
+    assert torch.equal(a, c) and not torch.equal(a, b)
+    assert 0.5 < a.norm() < 1.6
+    a.sum().backward()
+    assert encoder.vectors.weight.grad[0].eq(1).all() and encoder.vectors.weight.grad[1].eq(0).all()
+    with pytest.raises(
+        ValueError, match=r"'lift the can' is not in the policy's table .*; close: lift the cube"
+    ):
+        encoder(["lift the can"])
+    with pytest.raises(ValueError, match="it knows: lift the cube, open the drawer"):
+        encoder(["xyz"])
+    with pytest.raises(ValueError, match="names a task twice"):
+        build_text_encoder("table", 16, tasks=("lift", "Lift!"))
+    with pytest.raises(ValueError, match=r"list them in policy\.tasks"):
+        build_text_encoder("table", 16)
+
+
 def test_errors():
-    with pytest.raises(ValueError, match="unknown text encoder 'clip'; known: hashed"):
-        build_text_encoder("clip", 512)
+    with pytest.raises(ValueError, match="unknown text encoder 'bert'; known: hashed, table, clip"):
+        build_text_encoder("bert", 512)
     with pytest.raises(ValueError, match="single string 'lift'"):
         HashedTextEncoder()("lift")
 

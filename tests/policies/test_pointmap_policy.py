@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from vilma.pointmap.augment import AugmentConfig
 from vilma.policies import PointMapPolicy, PointMapPolicyConfig, load_policy
-from vilma.policies.pointmap_policy import MODALITIES
+from vilma.policies.fusion import MODALITIES
 
 CAMERAS = ("front", "wrist")
 HEIGHT, WIDTH = 24, 32
@@ -93,7 +94,7 @@ def test_variants_build_train_and_act(modality, steps):
     loss.backward()
     assert loss.isfinite()
     assert logs["loss"] == loss.detach()
-    tokens = steps * (2 * len(MODALITIES[modality]) + 1)
+    tokens = steps * ({"cat": 4, "dp3": 1}.get(modality, 2) + 1)
     assert policy.denoiser.position.shape[1] == 1 + tokens + 6
     actions = policy.select_action(observation())
     assert actions.shape == (3, 7)
@@ -400,7 +401,7 @@ def test_batches_that_do_not_fit():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modality": "rgbd"}, "modality must be one of rgb, xyz, cat; got 'rgbd'"),
+        ({"modality": "rgbd"}, "modality must be one of rgb, depth, xyz, 6ch, add, .*; got 'rgbd'"),
         ({"cameras": ()}, "at least one camera"),
         ({"cameras": ("a.b",)}, "letters, digits and underscores; got 'a.b'"),
         ({"crops": {"side": (0, 0, 4, 4)}}, "crops names side; the cameras are front, wrist"),
@@ -412,6 +413,15 @@ def test_batches_that_do_not_fit():
         ({"reference_frame": "table"}, "reference_frame must be one of world, base, camera"),
         ({"sampling_steps": 0}, "sampling_steps must be at least 1"),
         ({"shift": {"front": -1}}, "cannot be negative"),
+        ({"resize": {"side": (8, 8)}}, "resize names side; the cameras are front, wrist"),
+        ({"workspace": ((0, 0, 1), (1, 1, 1))}, "every minimum of workspace must be below its maximum"),
+        ({"modality_dropout": 1.0}, r"modality_dropout must lie in \[0, 1\)"),
+        ({"modality": "rgb", "modality_dropout": 0.1}, "needs two modalities, 'rgb' has one"),
+        ({"rgb_weights": "w.safetensors"}, "rgb_pretrained is false"),
+        ({"head": "ddim", "sampling_steps": 200}, r"must not exceed diffusion_steps \(100\)"),
+        ({"depth_scale": 0.0}, "depth_scale must be positive"),
+        ({"head": "vae"}, "head must be one of edm, ddpm, ddim, flow, regression"),
+        ({"backbone": "mamba"}, "backbone must be one of xlstm, bixlstm, transformer"),
     ],
 )
 def test_impossible_configs(changes, message):
@@ -422,3 +432,74 @@ def test_impossible_configs(changes, message):
 def test_encoders_of_different_width_need_a_common_one():
     with pytest.raises(ValueError, match=r"different widths \[24, 32\]: set encoder_features"):
         make_policy(rgb_encoder_options=SMALL | {"features": 24})
+
+
+def test_depth_sees_scaled_metres_and_needs_no_camera():
+    policy = make_policy(modality="depth", depth_range=(0.4, 1.2), depth_center=0.8, depth_scale=0.2).eval()
+    assert {key.split(".")[1] for key in policy.observation_keys} == {"depth", "state"}
+    batch = make_batch()
+    depth = batch["observation.depth.front"][:, 0]
+    picture = policy.pictures(batch, "front")["depth"]
+    valid = (depth > 0.4) & (depth < 1.2)
+    torch.testing.assert_close(picture[:, 0], torch.where(valid, (depth - 0.8) / 0.2, 0))
+    assert torch.equal(picture[:, 1], valid.float())
+    bare = make_policy(modality="depth", valid_channel=False).eval()
+    assert bare.pictures(batch, "front")["depth"].shape == (3, 1, HEIGHT, WIDTH)
+
+
+def test_six_channels_are_points_and_colours_of_the_same_pixels():
+    batch = make_batch()
+    both = make_policy(modality="6ch", crops={"wrist": (2, 4, 16, 20)}).eval().pictures(batch, "wrist")
+    apart = make_policy(crops={"wrist": (2, 4, 16, 20)}).eval().pictures(batch, "wrist")
+    assert torch.equal(both["xyzrgb"], torch.cat([apart["xyz"], apart["rgb"]], 1))
+    assert both["xyzrgb"].shape[1] == 7
+
+
+def test_resize_keeps_measured_points():
+    """Points by nearest pixel after unprojection, colours antialiased; then the shift, in the new pixels."""
+    policy = make_policy(resize={"front": (36, 16)}, crops={"front": (0, 0, 24, 28)}).eval()
+    batch = make_batch()
+    got, plain = policy.pictures(batch, "front"), make_policy().eval().pictures(batch, "front")
+    rows, columns = torch.arange(36) * 24 // 36, torch.arange(16) * 28 // 16
+    torch.testing.assert_close(got["xyz"], plain["xyz"][:, :, rows][:, :, :, columns], atol=1e-5, rtol=1e-5)
+    wanted = torch.nn.functional.interpolate(
+        plain["rgb"][..., :28], (36, 16), mode="bilinear", antialias=True
+    )
+    torch.testing.assert_close(got["rgb"], wanted, atol=1e-5, rtol=1e-4)
+    moving = make_policy(resize={"front": (36, 16)}, shift={"front": 3}, paired_shift=False).train()
+    assert moving.pictures(batch, "front")["rgb"].shape == (3, 3, 36, 16)
+    full = make_policy(resize={"front": (36, 16)}).eval().pictures(batch, "front")
+    torch.testing.assert_close(moving.pictures(batch, "front")["xyz"], full["xyz"])
+
+
+def test_augmentation_reaches_pictures_and_points_in_training_only():
+    policy = make_policy(augment=AugmentConfig(frame_translation=0.1, brightness=0.3))
+    batch = make_batch()
+    still = policy.eval().pictures(batch, "front")
+    torch.testing.assert_close(still["xyz"], make_policy().eval().pictures(batch, "front")["xyz"])
+    moved = policy.train().pictures(batch, "front")
+    offset = (moved["xyz"] - still["xyz"])[:, :3]
+    assert offset.abs().max() > 1e-3
+    torch.testing.assert_close(offset, offset[:, :, :1, :1].expand_as(offset), atol=1e-5, rtol=0)
+    assert not torch.equal(moved["rgb"], still["rgb"])
+    policy(batch)[0].backward()
+    for modality in ("rgb", "depth", "dp3"):
+        make_policy(modality=modality, augment=AugmentConfig(camera_translation=0.02)).train()(batch)
+    del batch["observation.depth.front"]
+    policy = make_policy(modality="rgb", augment=AugmentConfig(camera_translation=0.02))
+    assert policy.select_action(observation()).isfinite().all()
+    with pytest.raises(ValueError, match=r"lacks observation.depth.front, which augmentation needs"):
+        policy.train()(batch)
+
+
+def test_local_tokens_are_counted():
+    policy = make_policy(
+        rgb_encoder="film_resnet18",
+        rgb_encoder_options={"local_tokens": True},
+        encoder_features=40,
+        image_size=dict.fromkeys(CAMERAS, (HEIGHT, WIDTH)),
+    )
+    assert policy.denoiser.num_obs_tokens == 2 * (1 + 1 * 1 + 1) + 1
+    assert policy.train()(make_batch())[0].isfinite()
+    with pytest.raises(ValueError, match="local tokens need the size of the pictures of front"):
+        make_policy(rgb_encoder="resnet18", rgb_encoder_options={"local_tokens": True}, encoder_features=40)
