@@ -30,6 +30,7 @@ def test_a_line_is_printed_before_the_next_is_measured(capsys):
         ("assert True", True, "2 passed"),
         ("assert False", False, "1 failed, 1 passed"),
         ("import pytest; pytest.skip('no reason')", False, "1 passed, 1 skipped"),
+        ("import os; os.kill(os.getpid(), 9)", False, "ended by signal 9"),
     ],
 )
 def test_a_group_of_tests(tmp_path, body, met, said):

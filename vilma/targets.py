@@ -37,6 +37,8 @@ class Group(NamedTuple):
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--durations=0", *self.arguments]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         last = result.stdout.strip().splitlines()[-1] if result.stdout.strip() else result.stderr[-200:]
+        if result.returncode < 0:
+            last = f"ended by signal {-result.returncode} after: {last}"
         took = time.perf_counter() - began
         met = result.returncode == 0 and " skipped" not in last
         return Line(self.name, f"{last.strip('= ')} [{took:.0f} s]", "all pass, none skipped", met)
