@@ -48,7 +48,11 @@ def test_flow_loss_of_the_exact_velocity(times):
         t = (sigma / (1 + sigma))[:, None, None]
         return (x - a) / t
 
-    assert FlowHead(times, 4).loss(net, a) < 1e-4
+    head = FlowHead(times, 4)
+    assert head.loss(net, a) < 1e-4
+    torch.testing.assert_close(
+        head.sample(net, torch.randn(64, 4, 2)), a, rtol=0, atol=2e-3
+    )  # a straight line
     assert FlowHead(times, 4).loss(lambda x, s: 0 * x, a) > 0.5
 
 
