@@ -11,294 +11,26 @@ Official weights of both load unchanged: see `vilma.vil.checkpoints`.
 Shapes: B batch, C channels of the image, (Y, X) grid of tokens, d width, E inner width.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, get_device_dtype, resample_patch_embed, to_2tuple, trunc_normal_
+from timm.layers import get_device_dtype, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_function, register_notrace_module
+from timm.models._features_fx import register_notrace_function
 from timm.models._manipulate import checkpoint, checkpoint_seq
 from torch import Tensor, nn
 
-from vilma.xlstm.layers import BlockDiagonalLinear, LayerNorm
+from vilma.xlstm.layers import LayerNorm
 
 from .checkpoints import checkpoint_filter_fn, resize_positions
-from .mixing import MixWeights, mix
+from .layers import ViLBlock, ViLBlockPair, ViLLayer
+from .patches import PatchEmbed, positive_pair
 
 __all__ = ["VisionLSTM", "checkpoint_filter_fn"]
 
 POOLS = ("", "avg", "first", "bilateral_avg", "bilateral_flatten")
 CONVOLUTIONS = ("2d", "causal1d")
 INITS = ("original", "original-fixed")
-
-
-class HeadwiseProjection(BlockDiagonalLinear):
-    """Holds the parameters of one of q, k, v; `mix` applies them."""
-
-    forward = torch.jit.unused(BlockDiagonalLinear.forward)
-
-
-class GateProjection(nn.Module):
-    """Holds the parameters of one gate, for H heads; `mix` applies them."""
-
-    def __init__(self, inner: int, num_heads: int, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, inner, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
-
-
-class MLSTMCell(nn.Module):
-    """Gates of the mLSTM and the norm behind it; `mix` applies them.
-
-    igate and fgate see q, k and v side by side; outnorm is one of E channels, applied to each head by itself.
-    """
-
-    def __init__(self, inner: int, num_heads: int, norm_bias: bool, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.igate = GateProjection(3 * inner, num_heads, **dd)
-        self.fgate = GateProjection(3 * inner, num_heads, **dd)
-        self.outnorm = LayerNorm(inner, bias=norm_bias, residual_weight=True).to(**dd)
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.igate.weight)
-        nn.init.normal_(self.igate.bias, std=0.1)
-        nn.init.zeros_(self.fgate.weight)
-        with torch.no_grad():
-            self.fgate.bias.copy_(torch.linspace(3.0, 6.0, len(self.fgate.bias)))
-        self.outnorm.reset_parameters()
-
-
-class ViLLayer(nn.Module):
-    """The mLSTM layer (B, Y, X, d) -> (B, Y, X, d) in one direction of traversal.
-
-    Only proj_up and proj_down are called. What lies between them is one operator, for which conv, q_proj,
-    k_proj, v_proj and mlstm_cell hold the parameters: hooks on them and wrappers of them take no effect.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        reverse: bool,
-        num_heads: int,
-        expansion: int,
-        block_width: int,
-        conv_kind: str,
-        conv_kernel_size: int,
-        proj_bias: bool,
-        norm_bias: bool,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        inner = expansion * dim
-        self.reverse, self.head_norm_eps = reverse, 1e-5
-        self.proj_up = nn.Linear(dim, 2 * inner, bias=proj_bias, **dd)
-        conv, k = (nn.Conv2d if conv_kind == "2d" else nn.Conv1d), conv_kernel_size
-        self.conv = conv(inner, inner, k, groups=inner, **dd)
-        self.q_proj = HeadwiseProjection(inner, block_width, bias=proj_bias).to(**dd)
-        self.k_proj = HeadwiseProjection(inner, block_width, bias=proj_bias).to(**dd)
-        self.v_proj = HeadwiseProjection(inner, block_width, bias=proj_bias).to(**dd)
-        self.mlstm_cell = MLSTMCell(inner, num_heads, norm_bias, **dd)
-        self.learnable_skip = nn.Parameter(torch.empty(inner, **dd))
-        self.proj_down = nn.Linear(inner, dim, bias=proj_bias, **dd)
-
-    def reset_parameters(self, num_blocks: int = 1) -> None:
-        """num_blocks: sub-blocks that add to the residual stream; the official models were trained with 1."""
-        dim = self.proj_up.in_features
-        nn.init.normal_(self.proj_up.weight, std=math.sqrt(2 / (5 * dim)))
-        nn.init.normal_(self.proj_down.weight, std=2 / num_blocks / math.sqrt(dim))
-        for projection in (self.q_proj, self.k_proj, self.v_proj):
-            nn.init.normal_(projection.weight, std=math.sqrt(2 / (5 * dim)))
-        for module in (self.proj_up, self.proj_down, self.q_proj, self.k_proj, self.v_proj):
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        self.conv.reset_parameters()
-        self.mlstm_cell.reset_parameters()
-        nn.init.ones_(self.learnable_skip)
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.proj_up(x)
-        cell = self.mlstm_cell
-        weights = (
-            self.conv.weight,
-            self.conv.bias,
-            self.q_proj.weight,
-            self.q_proj.bias,
-            self.k_proj.weight,
-            self.k_proj.bias,
-            self.v_proj.weight,
-            self.v_proj.bias,
-            cell.igate.weight,
-            cell.igate.bias,
-            cell.fgate.weight,
-            cell.fgate.bias,
-            cell.outnorm.weight,
-            cell.outnorm.bias,
-            self.learnable_skip,
-        )
-        if torch.jit.is_scripting():
-            y = torch.ops.vilma.vil_mix(u, *weights, self.reverse, self.head_norm_eps, False)[0]
-        else:
-            y = mix(u, MixWeights(*weights), self.reverse, self.head_norm_eps)
-        return self.proj_down(y)
-
-
-@register_notrace_module
-class ViLBlock(nn.Module):
-    """x + DropPath(layer(norm(x))) for maps (B, Y, X, d)."""
-
-    def __init__(self, dim: int, drop_path: float, norm_bias: bool, device=None, dtype=None, **layer):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm = LayerNorm(dim, bias=norm_bias, residual_weight=True).to(**dd)
-        self.layer = ViLLayer(dim, norm_bias=norm_bias, **layer, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.layer(self.norm(x)))
-
-
-class ViLBlockPair(nn.Module):
-    """A sub-block from the top left and one from the bottom right, the block of generation 2."""
-
-    def __init__(self, **block):
-        super().__init__()
-        self.rowwise_from_top_left = ViLBlock(reverse=False, **block)
-        self.rowwise_from_bot_right = ViLBlock(reverse=True, **block)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rowwise_from_bot_right(self.rowwise_from_top_left(x))
-
-
-@register_notrace_module
-class PatchEmbed(nn.Module):
-    """Patches, overlapping where stride < patch_size: (B, C, height, width) -> (B, Y, X, d).
-
-    Raises:
-        ValueError: images that patches do not cover, and (unless dynamic) of another size than built for.
-    """
-
-    __jit_unused_properties__ = ("grid_size", "num_patches")
-
-    def __init__(
-        self,
-        img_size: tuple[int, int],
-        patch_size: tuple[int, int],
-        stride: tuple[int, int],
-        in_chans: int,
-        dim: int,
-        dynamic_size: bool,
-        dynamic_pad: bool,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        self.img_size, self.patch_size, self.stride = img_size, patch_size, stride
-        self.dynamic_size, self.dynamic_pad = dynamic_size, dynamic_pad
-        self.stride_is_patch = stride == patch_size
-        check_sizes(img_size, patch_size, stride, dynamic_pad)
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, stride, device=device, dtype=dtype)
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Of the position table: one entry a patch. Overlapping patches resize it (as published)."""
-        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid_size[0] * self.grid_size[1]
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.proj.weight.view(self.proj.out_channels, -1))
-        nn.init.zeros_(self.proj.bias)
-
-    @torch.jit.ignore
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
-        """Patches built without overlap stay so; the stride of overlapping ones is kept."""
-        img_size = self.img_size if img_size is None else _pair("img_size", img_size)
-        patch_size = self.patch_size if patch_size is None else _pair("patch_size", patch_size)
-        stride = patch_size if self.stride_is_patch else self.stride
-        check_sizes(img_size, patch_size, stride, self.dynamic_pad)
-        if patch_size != self.patch_size:
-            old = self.proj
-            weight = resample_patch_embed(old.weight.detach(), list(patch_size))
-            self.proj = nn.Conv2d(
-                old.in_channels, old.out_channels, patch_size, stride, **get_device_dtype(self)
-            )
-            with torch.no_grad():
-                self.proj.weight.copy_(weight)
-                self.proj.bias.copy_(old.bias)
-            self.proj.weight.requires_grad_(old.weight.requires_grad)
-            self.proj.bias.requires_grad_(old.bias.requires_grad)
-            self.proj.train(old.training)
-        self.img_size, self.patch_size, self.stride = img_size, patch_size, stride
-
-    def feat_ratio(self, as_scalar: bool = True):
-        return max(self.stride) if as_scalar else self.stride
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of tokens of an image."""
-        sizes = [0, 0]
-        for j in range(2):
-            size, patch, stride = img_size[j], self.patch_size[j], self.stride[j]
-            beyond = max(size - patch, 0)
-            sizes[j] = 1 + ((beyond + stride - 1) // stride if self.dynamic_pad else beyond // stride)
-        return sizes[0], sizes[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.proj.in_channels:
-            raise ValueError(
-                f"got an image batch of shape {x.shape}; pass (B, C, height, width) with C = "
-                f"{self.proj.in_channels} (another number of channels: in_chans)"
-            )
-        height, width = x.shape[2], x.shape[3]
-        if self.dynamic_pad:
-            rows, columns = self.dynamic_feat_size((height, width))
-            bottom = (rows - 1) * self.stride[0] + self.patch_size[0] - height
-            right = (columns - 1) * self.stride[1] + self.patch_size[1] - width
-            x = F.pad(x, (0, right, 0, bottom))
-        else:
-            check_size(height, self.patch_size[0], self.stride[0], "height")
-            check_size(width, self.patch_size[1], self.stride[1], "width")
-        if not self.dynamic_size and (height != self.img_size[0] or width != self.img_size[1]):
-            raise ValueError(
-                f"got an image of {height} x {width}, the model is built for {self.img_size[0]} x "
-                f"{self.img_size[1]}; resize it, call set_input_size, or build with dynamic_img_size=True"
-            )
-        return self.proj(x).permute(0, 2, 3, 1)
-
-
-def check_size(size: int, patch: int, stride: int, name: str) -> None:
-    """Raise a ValueError that names the nearest sizes unless whole patches cover ``size`` pixels."""
-    if size < patch or (size - patch) % stride != 0:
-        below = patch + max(size - patch, 0) // stride * stride
-        above = below + stride
-        nearest = f"{patch}" if size < patch else f"{below} or {above}"
-        raise ValueError(
-            f"an image of {name} {size} is not covered by patches of {patch} every {stride} pixels; "
-            f"the nearest {name} is {nearest}. Resize the image, or build with dynamic_img_pad=True"
-        )
-
-
-def check_sizes(
-    img_size: tuple[int, int], patch_size: tuple[int, int], stride: tuple[int, int], padded: bool
-) -> None:
-    """Raise a ValueError unless the position table has an entry along each axis and patches leave no gaps."""
-    if any(size < patch for size, patch in zip(img_size, patch_size)):
-        raise ValueError(f"img_size={img_size} is smaller than one patch of {patch_size}")
-    if any(step > patch for step, patch in zip(stride, patch_size)):
-        raise ValueError(
-            f"stride={stride} would leave out pixels between patches of {patch_size}; pass at most patch_size"
-        )
-    if not padded:
-        for size, patch, step, name in zip(img_size, patch_size, stride, ("height", "width")):
-            check_size(size, patch, step, name)
 
 
 @register_notrace_function
@@ -390,13 +122,13 @@ class VisionLSTM(nn.Module):
                 f"the inner width expansion * embed_dim = {inner} must be a multiple of "
                 f"num_heads={num_heads} and of qkv_block_width={qkv_block_width}"
             )
-        img_size, patch_size = _pair("img_size", img_size), _pair("patch_size", patch_size)
+        img_size, patch_size = positive_pair("img_size", img_size), positive_pair("patch_size", patch_size)
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.embed_dim = embed_dim
         self.paired, self.init_mode, self.dynamic_img_size = paired, init_mode, dynamic_img_size
         self.output_fmt, self.grad_checkpointing = "NHWC", False
 
-        stride = patch_size if stride is None else _pair("stride", stride)
+        stride = patch_size if stride is None else positive_pair("stride", stride)
         self.patch_embed = PatchEmbed(
             img_size, patch_size, stride, in_chans, embed_dim, dynamic_img_size, dynamic_img_pad, **dd
         )
@@ -618,13 +350,6 @@ def _check_counts(**counts: int) -> None:
 def _check_classes(num_classes: int) -> None:
     if num_classes < 0:
         raise ValueError(f"num_classes={num_classes}; pass their number, or 0 for no classifier")
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = to_2tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name}={value}; pass an integer of at least 1, or two: (height, width)")
-    return int(pair[0]), int(pair[1])
 
 
 def _init_head(head: nn.Linear) -> None:

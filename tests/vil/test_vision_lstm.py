@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vilma.testing import assert_close
 from vilma.vil import VisionLSTM
-from vilma.vil.vision_lstm import POOLS, ViLBlock
+from vilma.vil.layers import ViLBlock
+from vilma.vil.vision_lstm import POOLS
 from vilma.xlstm import mlstm
 
 NAMES = timm.list_models("vil*")
