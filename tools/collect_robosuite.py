@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from vilma import config
 from vilma.datasets import robomimic_writer as robomimic
 from vilma.envs import find_task
 from vilma.report import record_time
@@ -28,7 +29,10 @@ _MAX_ATTEMPTS, _MAX_CRASHES = 25, 3
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is asked for. It decides the episodes, so a file is reused only for an equal request."""
+    """What is asked for. It decides the episodes, so a file is reused only for an equal request.
+
+    ``environment``: further options of the simulator, by name.
+    """
 
     task: str
     demos: int
@@ -38,6 +42,7 @@ class Request:
     seed: int = 0
     noise: float = 0.4
     perturbed: float = 2 / 3
+    environment: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.demos < 1:
@@ -46,6 +51,20 @@ class Request:
             raise ValueError(f"got --noise {self.noise}, wanted 0 to 2 (1 is a full command)")
         if not 0 <= self.perturbed <= 1:
             raise ValueError(f"got --perturbed {self.perturbed}, wanted a share from 0 to 1")
+        fixed = sorted({"cameras", "size", "seed", "placement"} & set(self.environment))
+        if fixed:
+            raise ValueError(f"got --env.{fixed[0]}, wanted --{fixed[0]}: a data set has one")
+
+    def text(self) -> str:
+        """The request as it is stored in the file."""
+        values = dataclasses.asdict(self)
+        if not self.environment:
+            del values["environment"]  # as files from before there were any
+        return json.dumps(values, sort_keys=True)
+
+    def env_options(self) -> dict[str, Any]:
+        """What the simulator is built with, besides cameras, size and seed."""
+        return {**self.environment, **({} if self.placement is None else {"placement": self.placement})}
 
     def start(self, index: int) -> str:
         """How episode ``index`` begins: shares are met evenly along the indices, in any order of the work."""
@@ -91,7 +110,7 @@ def collect(
     """
     if workers < 1:
         raise ValueError(f"got --workers {workers}, wanted at least 1")
-    path, asked = Path(path), json.dumps(dataclasses.asdict(request), sort_keys=True)
+    path, asked = Path(path), request.text()
     if _is_complete(path, request, asked):
         robomimic.remove_parts(path)
         return Summary(path, reused=request.demos)
@@ -251,8 +270,13 @@ def _work(connection: Connection, request: Request, path: Path) -> None:
         from vilma.envs import make
         from vilma.envs.experts import expert
 
-        options = {} if request.placement is None else {"placement": request.placement}
-        env = make(request.task, cameras=request.cameras, size=request.size, seed=request.seed, **options)
+        env = make(
+            request.task,
+            cameras=request.cameras,
+            size=request.size,
+            seed=request.seed,
+            **request.env_options(),
+        )
         demonstrator = expert(request.task, env)
         while True:
             index = connection.recv()
@@ -290,7 +314,7 @@ def _record(request: Request, path: Path, index: int, env: Any, demonstrator: An
         **episode,
         model_file=env.model_xml(),
         attributes={
-            "request": json.dumps(dataclasses.asdict(request), sort_keys=True),
+            "request": request.text(),
             "ep_meta": {"lang": find_task(request.task).instruction},
             "seed": seed,
             "start": start,
@@ -301,7 +325,12 @@ def _record(request: Request, path: Path, index: int, env: Any, demonstrator: An
 
 def main(arguments: Sequence[str] | None = None) -> int:
     started, arguments = time.perf_counter(), list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(prog="vilma collect-robosuite", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="vilma collect-robosuite",
+        description=__doc__,
+        epilog="Further options of the environment: --env.NAME VALUE.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--task", default="Lift", help="Lift, Stack or PickPlaceCan")
     parser.add_argument("--demos", type=int, default=100, help="successful episodes to keep")
     where = parser.add_mutually_exclusive_group(required=True)
@@ -318,7 +347,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--workers", type=int, default=min(2, os.cpu_count() or 1), help="simulator processes"
     )
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("--") and not word.startswith("--env.")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    environment = dict(config.override({}, rest).get("env", {}))
+    if "placement" in environment and options.placement is None:
+        options.placement = float(environment.pop("placement"))
     out = options.out or options.run / "demos.hdf5"
 
     task = find_task(options.task if "/" in options.task else f"robosuite/{options.task}")
@@ -331,6 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=options.seed,
         noise=options.noise,
         perturbed=options.perturbed,
+        environment=environment,
     )
     summary = _with_progress(request, out, options.workers)
     for crash in summary.crashes:

@@ -1,0 +1,173 @@
+"""What the robosuite table consists of: settings and cells, and how each is made."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vilma import config
+
+__all__ = ["CELLS", "Cell", "Plan", "Setting"]
+
+FIRST_SEED = 500_000
+EPISODES = 50
+
+# DP3 (arXiv 2403.03954, section 4) crops the cloud so that table and ground are gone; with them, few of its
+# points would fall on a cube. Every other pixel leaves some 260 points above the table, so 256 lose nothing.
+ABOVE_TABLE = 0.805
+CLOUD = {"cloud_points": 256, "cloud_stride": 2}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Task, demonstrations and recipe that rows of the table share. environment: options of the simulator,
+    in the demonstrations and in every evaluation."""
+
+    name: str
+    title: str
+    task: str
+    config: str
+    demos: int
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trained policy (or one shared with other cells) and one evaluation of it.
+
+    variant: what is special about the training, with its ``changes`` of the recipe; moved: what is special
+    about the evaluation, with further options of the simulator. An optional cell runs only where it is asked
+    for.
+    """
+
+    setting: Setting
+    modality: str
+    seed: int
+    variant: str = ""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    moved: str = ""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    is_optional: bool = False
+
+    @property
+    def run(self) -> str:
+        """The name of the training, which cells with other evaluations share."""
+        variant = f"-{self.variant}" if self.variant else ""
+        return f"{self.setting.name}_{self.modality}{variant}_seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.run}_{self.moved}" if self.moved else self.run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a cell is made, in ``work``. demos, steps, episodes: smaller figures for a trial run."""
+
+    cell: Cell
+    work: Path
+    demos: int | None = None
+    steps: int | None = None
+    episodes: int = EPISODES
+
+    @property
+    def data(self) -> Path:
+        return self.work / "data" / f"{self.cell.setting.name}.hdf5"
+
+    @property
+    def run(self) -> Path:
+        return self.work / self.cell.run
+
+    @property
+    def result(self) -> Path:
+        """Of the evaluation, episode by episode."""
+        return self.run / "eval" / f"{self.cell.name}.json"
+
+    def collect(self, workers: int) -> list[str]:
+        setting = self.cell.setting
+        asked = ["--demos", str(self.demos or setting.demos), "--seed", "0", "--workers", str(workers)]
+        return [
+            *("collect-robosuite", "--task", setting.task, *asked),
+            *_options("env", setting.environment),
+            *("--out", str(self.data)),
+        ]
+
+    def train(self) -> list[str]:
+        return [
+            *("train-policy", self.cell.setting.config, "--run", str(self.run)),
+            *("--train.seed", str(self.cell.seed), "--data.path", str(self.data)),
+            *_options("policy", self.policy()),
+            *(("--train.steps", str(self.steps), "--schedule.warmup", "2") if self.steps else ()),
+        ]
+
+    def evaluate(self) -> list[str]:
+        cell = self.cell
+        return [
+            *("eval", f"robosuite/{cell.setting.task}", str(self.run)),
+            *("--episodes", str(self.episodes), "--seed", str(FIRST_SEED), "--workers", "1", "--videos", "0"),
+            *_options("env", {**cell.setting.environment, **cell.environment}),
+            *("--out", str(self.result)),
+        ]
+
+    def policy(self) -> dict[str, Any]:
+        """What the modality and the variant change in the recipe."""
+        changes: dict[str, Any] = {"modality": self.cell.modality}
+        if self.cell.modality == "dp3":
+            low, high = config.read(self.cell.setting.config)["policy"]["workspace"]
+            changes |= {"workspace": [[*low[:2], ABOVE_TABLE], high], **CLOUD}
+        return changes | dict(self.cell.changes)
+
+    def recipe(self) -> str:
+        """Twelve hex digits that change with anything that decides the figures."""
+        setting = self.cell.setting
+        recipe = config.read(setting.config)
+        recipe["data"].pop("path")
+        parts = [
+            recipe,
+            self.policy(),
+            self.cell.seed,
+            self.steps,
+            self.episodes,
+            self.demos or setting.demos,
+        ]
+        parts += [setting.task, dict(setting.environment), dict(self.cell.environment)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _options(section: str, values: Mapping[str, Any]) -> list[str]:
+    """Overrides on a command line; lists and truth values as JSON, which YAML reads."""
+    words = []
+    for name, value in values.items():
+        words += [f"--{section}.{name}", value if isinstance(value, str) else json.dumps(value)]
+    return words
+
+
+LIFT = Setting(
+    "lift",
+    "Lift, cube over 24 x 24 cm",
+    "Lift",
+    "configs/policies/table_lift.yaml",
+    demos=25,
+    environment={"placement": 0.12},
+)
+STACK = Setting("stack", "Stack", "Stack", "configs/policies/table_stack.yaml", demos=100)
+CAN = Setting("can", "PickPlaceCan", "PickPlaceCan", "configs/policies/table_can.yaml", demos=50)
+
+MODALITIES = ("rgb", "depth", "xyz", "6ch", "add", "cat", "dp3")
+
+
+def _cells() -> tuple[Cell, ...]:
+    first, second = ("rgb", "xyz", "cat", "dp3"), ("depth", "6ch", "add")
+    cells = [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in first]
+    cells += [Cell(STACK, modality, 0) for modality in ("rgb", "cat")]
+    cells += [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in second]
+    others = [modality for modality in MODALITIES if modality not in ("rgb", "cat")]
+    cells += [Cell(STACK, modality, 0, is_optional=True) for modality in others]
+    cells += [Cell(CAN, modality, 0, is_optional=True) for modality in MODALITIES]
+    return tuple(cells)
+
+
+# In the order in which they are made.
+CELLS = _cells()
