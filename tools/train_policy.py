@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from vilma.training import (
     ScheduleConfig,
     Trainer,
     TrainerConfig,
+    backward_memory,
+    describe_idle,
+    describe_plan,
     find_trained,
     seed_all,
 )
@@ -59,9 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = [*overrides, "--train.seed", str(options.seed)]
     run = config.load(RunConfig, options.config, overrides)
     check_horizons(run)
+    if options.dry_run:
+        for line in plan(run, options.dry_run):
+            print(line)
+        return 0
     run_dir = options.run or Path("runs") / Path(options.config).stem
     began = time.perf_counter()
+    main_process = os.environ.get("RANK", "0") == "0"
     done = find_trained(run_dir, run.train.steps, run, MAY_CHANGE)
+    if done is not None and not main_process:
+        return 0
     if done is not None:
         print(f"{run_dir} is already trained to step {done.step}")
         _tell_next(run_dir, _instruction(run_dir, run.data))
@@ -76,7 +86,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_statistics(run_dir, statistics)
     check_depth(dataset, policy.observation_keys, run.policy.depth_range)
     policy.set_statistics(statistics)
-    main_process = os.environ.get("RANK", "0") == "0"
     if main_process:
         count = sum(p.numel() for p in policy.parameters() if p.requires_grad)
         print(f"{facts['episodes']} episodes, {facts['frames']} frames from {_shown(run.data.path)}")
@@ -115,6 +124,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"trained to step {trained.step} in {trained.seconds:.0f} s: {trained.checkpoint}")
         _tell_next(run_dir, facts["task"])
     return 0
+
+
+def plan(run: RunConfig, processes: int = 1) -> list[str]:
+    """What a run takes on so many processes, without its data, pretrained weights and text encoder.
+
+    Raises ValueError for a config that cannot be built or trained.
+    """
+    # Neither moves a shape: CLIP is frozen and no part of the policy.
+    text = "hashed" if run.policy.text_encoder == "clip" else run.policy.text_encoder
+    policy = Policy.from_config(replace(run.policy, text_encoder=text, rgb_pretrained=False))
+    saved, notes = None, []
+    unknown = [camera for camera in run.policy.cameras if camera not in run.policy.image_size]
+    if unknown:
+        notes.append(
+            "not counted: what an update keeps for its backward pass, since policy.image_size does not name "
+            + ", ".join(unknown)
+        )
+    else:
+        spread = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0}
+        sizes = {"action": run.policy.action_dim, "observation.state": run.policy.state_dim}
+        policy.set_statistics(
+            {key: {name: [value] * size for name, value in spread.items()} for key, size in sizes.items()}
+        )
+        with warnings.catch_warnings(action="ignore"):  # of a geometry that is made up here
+            saved = backward_memory(policy, lambda n: blank_batch(run.policy, n), run.train.precision)
+        notes += [line for line in [describe_idle(policy)] if line]
+    sections = run.train, run.optim, run.schedule, run.ema
+    return describe_plan(policy, *sections, processes=processes, saved=saved) + notes
+
+
+def blank_batch(c: PointMapPolicyConfig, samples: int) -> dict[str, Any]:
+    """A batch of grey pictures of a sloping plane about one metre below the cameras."""
+    steps = (samples, c.obs_horizon)
+    batch: dict[str, Any] = {"task": [(c.tasks or ("task",))[0]] * samples}
+    batch["action"] = torch.zeros(samples, c.horizon, c.action_dim)
+    batch["action_is_pad"] = torch.zeros(samples, c.horizon, dtype=torch.bool)
+    batch["observation.state"] = torch.zeros(*steps, c.state_dim)
+    down = torch.diag(torch.tensor([1.0, -1.0, -1.0, 1.0]))
+    down[2, 3] = 1.0
+    for camera in c.cameras:
+        height, width = c.image_size[camera]
+        focal = torch.tensor([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1.0]])
+        batch[f"observation.images.{camera}"] = torch.full((*steps, 3, height, width), 128, dtype=torch.uint8)
+        slope = torch.linspace(0.7, 1.3, height)[:, None]
+        batch[f"observation.depth.{camera}"] = slope.expand(*steps, height, width)
+        batch[f"observation.intrinsics.{camera}"] = focal.expand(*steps, 3, 3)
+        batch[f"observation.pose.{camera}"] = down.expand(*steps, 4, 4)
+    return batch
 
 
 def check_horizons(run: RunConfig) -> None:
@@ -248,17 +305,32 @@ def _tell_next(run_dir: Path, instruction: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vilma train-policy",
-        usage="vilma train-policy CONFIG [--run DIR] [--seed N] [--section.field VALUE ...]",
+        usage="vilma train-policy CONFIG [--run DIR] [--seed N] [--dry-run [PROCESSES]] "
+        "[--section.field VALUE ...]",
         description=__doc__,
         epilog="Any field of the config can be given: --optim.lr 3e-4 --train.steps 2000 --data.path FILE. "
         "Sections: policy, data, optim, schedule, ema, train. Run the same command again to go on after an "
         "interruption; a finished run is left alone. Several GPUs: torchrun --nproc-per-node N -m "
-        "vilma.tools.train_policy CONFIG ...",
+        "vilma.tools.train_policy CONFIG ... (or accelerate launch), with --train.sharding fsdp2 "
+        "where a model and its optimiser are too much for one.",
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/policies/demo_lift.yaml")
     parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="run directory (default: runs/<config's name>)"
+        "--run",
+        "--run-dir",  # torchrun takes --run for a short form of its own --run-path
+        type=Path,
+        metavar="DIR",
+        help="run directory (default: runs/<config's name>); under torchrun write --run-dir",
+    )
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="PROCESSES",
+        help="build everything but the data, tell parameters, schedule and memory for so many processes "
+        "(default: 1), and stop",
     )
     parser.add_argument("--seed", type=int, metavar="N", help="the same as --train.seed N")
     return parser

@@ -1,6 +1,8 @@
 """vilma train-policy on a tiny file: from command line to checkpoint, its resume, and its clear errors."""
 
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -217,6 +219,81 @@ def test_the_time_of_interrupted_phases_adds_up(demos, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="optim"):  # refused before any update: no time of this run
         train(demos, run_dir, "--optim.lr", "1", "--train.steps", "30")
     assert read_timings(run_dir)["train"]["runs"] == 2
+
+
+def test_a_dry_run_tells_what_a_run_takes(tmp_path, capsys):
+    sizes = "{agentview: [20, 20], robot0_eye_in_hand: [20, 20]}"
+    arguments = [CONFIG, "--dry-run", "2", "--run", str(tmp_path / "run"), "--data.path", "/absent"]
+    with warnings.catch_warnings(action="error"):
+        assert main([*arguments, "--policy.image_size", sizes, "--train.precision", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "8 samples = 2 processes x 1 micro-batches x 4; 20 updates" in said
+    assert "kept for the backward pass of 4 samples in bf16" in said and "does not reach" not in said
+    assert "learning rate: 0.0001 at 0, " in said and not (tmp_path / "run").exists()
+    assert main([CONFIG, "--dry-run"]) == 0
+    assert "policy.image_size does not name agentview, robot0_eye_in_hand" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="batch_size is 8, which 3 processes"):
+        main([CONFIG, "--dry-run", "3"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name, weights",
+    [("calvin", "144,379,303"), ("robocasa", "111,089,415"), ("real", "94,458,728")],
+)
+def test_the_recipes_of_the_paper_can_be_trained(name, weights, capsys):
+    assert (
+        main([f"configs/policies/pointmap_{name}.yaml", "--dry-run", "4", "--train.sharding", "fsdp2"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert f"parameters: {weights}, of which {weights} are trained" in said
+    assert "in bf16" in said and "gathered weights" in said and "does not reach" not in said
+    assert ("1e-05 at 0" in said and "4.9e-05 at 24,999" in said) == (name == "calvin")
+
+
+def torchrun(demos, run_dir, *overrides):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "vilma.tools.train_policy", CONFIG, "--run-dir", str(run_dir)]
+    command += ["--data.path", str(demos), *map(str, overrides)]
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    launcher = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        said, errors = launcher.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()  # it ends its processes, which killing it would not
+        said, errors = launcher.communicate()
+    assert launcher.returncode == 0, errors
+    return said
+
+
+@pytest.mark.long
+def test_processes_follow_one_and_one_goes_on_for_them(demos, tmp_path):
+    """The curves are the same for a loss that draws nothing (see `Trainer` for those that do) and is a mean
+    over samples: one over the steps that are no padding weighs them by what shares their micro-batch."""
+    options = ["--policy.head", "regression", "--policy.loss_on_padding", "true"]
+    options += ["--train.log_every", "1", "--train.tensorboard", "false"]
+    options += ["--schedule.length", "20", "--train.grad_clip", "0.1"]
+    train(demos, tmp_path / "one", *options)
+    curves = {"one": (tmp_path / "one" / "metrics.jsonl").read_text()}
+    for sharding in ("none", "fsdp2"):
+        run_dir = tmp_path / sharding
+        said = torchrun(demos, run_dir, *options, "--train.sharding", sharding, "--train.steps", "3")
+        assert said.count("trained to step 3") == 1 and said.count("next: vilma eval") == 1
+        weights = load_file(run_dir / "checkpoints" / "last" / "model.safetensors")
+        assert load_policy(run_dir / "checkpoints" / "last").state_dict().keys() == weights.keys()
+        text = (run_dir / "config.yaml").read_text()
+        (run_dir / "config.yaml").write_text(re.sub(r"\bsteps: 3\b", "steps: 20", text))
+        train(demos, run_dir, *options)  # the remaining 17 updates, by one process
+        curves[sharding] = (run_dir / "metrics.jsonl").read_text()
+    found = {
+        name: np.array([[line[k] for k in ("step", "loss", "grad_norm", "lr")] for line in lines])
+        for name, text in curves.items()
+        if (lines := [json.loads(line) for line in text.splitlines()])
+    }
+    assert found["one"].shape == (20, 4)
+    for sharding in ("none", "fsdp2"):
+        np.testing.assert_allclose(found[sharding], found["one"], rtol=1e-5)
 
 
 def test_help(capsys):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from vilma.policies import PointMapPolicy
 from vilma.training import OptimConfig, build_optimizer
 from vilma.training.optim import check_optimizer, no_weight_decay
 
@@ -46,6 +47,52 @@ def test_groups(name):
     assert decayed == {"encoder.proj.weight", "head.weight"}
     assert set(found) == {n for n, p in model.named_parameters() if p.requires_grad}
     assert all(found[n] == 0 for n in set(found) - decayed)
+
+
+VARIANTS = {
+    "paper": {"rgb_encoder": "film_resnet18", "xyz_encoder": "film_resnet18"},
+    "attention": {
+        "modality": "attention",
+        "modality_dropout": 0.2,
+        "rgb_encoder": "test_convnext",
+        "xyz_encoder": "test_vit",
+        "xyz_encoder_options": {"img_size": 32},
+        "encoder_features": 32,
+        "fusion_dim": 32,
+        "fusion_heads": 2,
+        "text_encoder": "table",
+        "tasks": ["lift", "stack"],
+        "backbone": "transformer",
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_of_a_policy_is_there_once_and_decays_by_its_kind(variant):
+    """The paper's rule: none for biases, norms, embeddings; here also learned tokens and layer scales."""
+    options = {
+        "type": "pointmap",
+        "modality": "cat",
+        "cameras": ["a", "b"],
+        "action_dim": 3,
+        "use_state": True,
+    }
+    options |= {"image_size": {"a": [32, 32], "b": [32, 32]}, "state_dim": 2, "horizon": 4, "execute": 2}
+    options |= {
+        "reference_frame": "world",
+        "action_kind": "delta",
+        "dim": 32,
+        "num_blocks": 2,
+        "num_heads": 2,
+    }
+    options |= {"state_normalization": "none", "action_normalization": "none"}
+    policy = PointMapPolicy.from_config(options | VARIANTS[variant])
+    found = decays(build_optimizer(OptimConfig(weight_decay=0.1), policy), policy)
+    maps = [name for name, m in policy.named_modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+    assert {name for name, decay in found.items() if decay == 0.1} == {f"{name}.weight" for name in maps}
+    assert set(found.values()) == {0.0, 0.1}
+    assert list(found.keys() ^ dict(policy.named_parameters()).keys()) == []
+    assert any("state_proj" in name for name in found) and "denoiser.position" in found
 
 
 def test_no_weight_decay_is_asked_of_inner_modules():

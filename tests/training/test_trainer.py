@@ -135,6 +135,69 @@ def test_bf16_is_close_and_leaves_the_model_as_it_was(toy, tmp_path):
     copy.deepcopy(b)
 
 
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"compile": "aot_eager"}])
+def test_exact_resume_in_bf16_and_compiled(toy, tmp_path, options):
+    options |= {"schedule": ScheduleConfig(warmup=3, length=12), "describe": {}}
+    whole = toy.build(tmp_path / "a", steps=12, **options)
+    whole.fit()
+    toy.build(tmp_path / "b", steps=5, **options).fit()
+    cut = toy.build(tmp_path / "b", steps=12, **options)
+    assert cut.fit().resumed_from == 5
+    for name in ("model", "final_model"):
+        a, b = (getattr(run, name).state_dict() for run in (whole, cut))
+        assert all(torch.equal(a[key], b[key]) for key in a) and a["inner.weight"].dtype == torch.float32
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert losses[-1] < losses[0]
+
+
+def test_compiled_is_eager_and_leaves_no_trace(toy, tmp_path):
+    (eager, a), (compiled, b) = plain(toy, tmp_path / "a"), plain(toy, tmp_path / "b", compile="aot_eager")
+    eager.fit(), compiled.fit()
+    torch.testing.assert_close(a.line.weight, b.line.weight, rtol=1e-6, atol=1e-7)
+    assert b._compiled_call_impl is not None and list(b.state_dict()) == list(a.state_dict())
+    copy.deepcopy(b)
+
+
+def test_channels_last(toy, tmp_path):
+    class Picture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, batch):
+            picture = batch["x"].repeat(1, 6).reshape(-1, 3, 4, 4)
+            return (self.conv(picture).mean((1, 2, 3)) - batch["y"][:, 0]).square().mean(), {}
+
+    runs = []
+    for name, options in (("a", {}), ("b", {"channels_last": True}), ("b", {"channels_last": True})):
+        torch.manual_seed(0)
+        steps = 6 if len(runs) == 1 else 12
+        options |= {"steps": steps, "describe": {}, "schedule": ScheduleConfig(length=12)}
+        runs.append(toy.build(tmp_path / name, model=Picture(), **options))
+        runs[-1].fit()
+    assert runs[2].model.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert runs[0].model.conv.weight.is_contiguous()
+    for trained in (runs[2].model, runs[2].final_model):
+        assert next(trained.parameters()).shape == (4, 3, 3, 3)
+    torch.testing.assert_close(runs[0].model.conv.weight, runs[2].model.conv.weight.contiguous())
+
+
+def test_each_sample_of_an_update_has_a_seed_of_its_own(toy, tmp_path):
+    seen = []
+
+    class Looking(Plain):
+        def forward(self, batch):
+            seen.append(batch["seed"])
+            return super().forward({"x": batch["x"][:, :3], "y": batch["y"].repeat(1, 2)})
+
+    toy.build(tmp_path, model=Looking(), steps=6, accumulate=2).fit()
+    seeds = torch.cat(seen)
+    assert seeds.shape == (48,) and seeds.dtype == torch.int64 and len(seeds.unique()) == 48
+    assert int(seeds.min()) >= 0 and seeds.device.type == "cpu"
+
+
 def test_a_finished_run_says_so(toy, tmp_path, capsys):
     first = toy.build(tmp_path, steps=6).fit()
     modified = first.checkpoint.stat().st_mtime_ns
@@ -323,7 +386,17 @@ def test_a_failing_save_keeps_the_last_good_checkpoint(toy, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": 0}, {"batch_size": 0}, {"seed": -1}, {"grad_clip": 0.0}, {"num_workers": -1}, {"keep": 0}],
+    [
+        *(
+            {"steps": 0},
+            {"batch_size": 0},
+            {"seed": -1},
+            {"grad_clip": 0.0},
+            {"num_workers": -1},
+            {"keep": 0},
+        ),
+        *({"compile": "inductr"}, {"channels_last": True, "sharding": "fsdp2"}),
+    ],
 )
 def test_impossible_values_are_errors(toy, tmp_path, options):
     with pytest.raises(ValueError, match=f"train.*{next(iter(options))}"):

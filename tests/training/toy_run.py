@@ -3,7 +3,7 @@
 Each line on standard input is a JSON request, answered by one JSON line; a forked child does the training.
 ``kill_after`` SIGKILLs it so many seconds after its first update; ``kill_at_step`` within that update;
 ``kill_at_call`` at its n-th file-system step (a rename, link, sync or remove), which reaches every moment of
-writing a checkpoint.
+writing a checkpoint. ``world`` processes of it train together (gloo on the CPU).
 """
 
 import json
@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,35 @@ class ToyModel(nn.Module):
         (folder / "stats.json").write_text("{}")
 
 
-def build(run_dir: str | Path, *, model: nn.Module | None = None, data=None, **options) -> Trainer:
+class SampledModel(nn.Module):
+    """Draws noise and drops layers by the seed of each sample; widths that two processes do not divide."""
+
+    def __init__(self, width: int = 7):
+        super().__init__()
+        self.inner = nn.Linear(8, width)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(3))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.frozen = nn.Linear(width, width).requires_grad_(False)
+        self.outer = nn.Linear(width, 1)
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor, dict]:
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in batch["seed"]]
+        noise = torch.stack([torch.randn(8, generator=g) for g in generators])
+        kept = torch.stack([torch.rand(len(self.blocks), generator=g) for g in generators]) < 0.8
+        x = self.inner(batch["x"] + 0.1 * noise)
+        for block, keep in zip(self.blocks, kept.unbind(1)):
+            x = x + keep[:, None] * block(x)
+        error = self.scale * self.outer(x + self.frozen(x)).float() - batch["y"]
+        return (error**2).mean(), {"mae": error.detach().abs().mean()}
+
+    def save_pretrained(self, folder: Path) -> None:
+        ToyModel.save_pretrained(self, folder)
+
+
+MODELS = {"toy": ToyModel, "sampled": SampledModel}
+
+
+def build(run_dir: str | Path, *, model: nn.Module | str | None = None, data=None, **options) -> Trainer:
     """A toy trainer; ``options`` are fields of TrainerConfig, sections, or arguments of Trainer."""
     fields = TrainerConfig.__dataclass_fields__
     train = {"steps": 30, "batch_size": 8, "checkpoint_every": 5, "log_every": 2, "tensorboard": False}
@@ -72,10 +101,10 @@ def build(run_dir: str | Path, *, model: nn.Module | None = None, data=None, **o
         "schedule": ScheduleConfig(warmup=3, final_ratio=0.02),
         "ema": EmaConfig(decay=0.9, schedule="ratio"),
     }
-    if model is None:
-        torch.manual_seed(0)
-        model = ToyModel()
-    data = ToyData() if data is None else data
+    if not isinstance(model, nn.Module):
+        torch.manual_seed(int(os.environ.get("RANK", 0)))  # the first process's weights count
+        model = MODELS[model or "toy"]()
+    data = ToyData(nan_at=options.pop("nan_at", None)) if data is None else data
     return Trainer(TrainerConfig(**train), model, data, run_dir, **(sections | options))
 
 
@@ -112,39 +141,80 @@ def child(request: dict, started: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(request.get("sleep", 0))
 
-    trained = build(request["run_dir"], on_step=on_step, **options).fit()
+    sections = {"optim": OptimConfig, "schedule": ScheduleConfig, "ema": EmaConfig}
+    options = {k: sections[k](**v) if k in sections else v for k, v in options.items()}
+    trainer = build(request["run_dir"], on_step=on_step, **options)
+    if request.get("scored"):
+        trainer.score = distance
+    trained = trainer.fit()
     print(f"RESUMED {trained.resumed_from}")
+    if trained.resumed_from == trained.step:
+        return
+    state = torch.load(trained.checkpoint / "trainer.pt", weights_only=True)
+    for name, model in (("model", trainer.model), ("ema", trainer.final_model)):
+        assert all(torch.equal(v, state[name][k]) for k, v in model.named_parameters()), name
+
+
+def distance(model: nn.Module, step: int) -> float:
+    """A score that calls the model: the loss of a fixed batch, and best at step 10."""
+    assert not model.training
+    with torch.no_grad():
+        loss, _ = model({"x": torch.ones(4, 8), "y": torch.zeros(4, 1), "seed": torch.arange(4)})
+    print(f"SCORE {step} {loss:.4f}")
+    return float(loss) - abs(step - 10)
+
+
+def join(rank: int, world: int, meeting: str) -> None:
+    """Make this process one of several, which meet at a file: a free port may be taken when it is used."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    os.environ |= {name: str(value) for name, value in places.items()}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+
+
+def start(request: dict, rank: int, output: Path, started: int) -> int:
+    """Fork a process that trains; its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            if request.get("world", 1) > 1:
+                join(rank, request["world"], f"{output.parent}/meeting-{os.getppid()}-{request['number']}")
+            child(request, started)
+            code = 0
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}")
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def serve() -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        output = Path(request["run_dir"]).with_suffix(".output")
+    for number, line in enumerate(sys.stdin):
+        request = json.loads(line) | {"number": number}
+        path = Path(request["run_dir"])
+        outputs = [path.with_suffix(f".output{rank}") for rank in range(request.get("world", 1))]
         reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            with open(output, "w") as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-                try:
-                    os.close(reading)
-                    child(request, writing)
-                    code = 0
-                except BaseException as error:
-                    print(f"{type(error).__name__}: {error}")
-                sys.stdout.flush()
-                os._exit(code)
+        pids = [start(request, rank, output, writing) for rank, output in enumerate(outputs)]
         os.close(writing)
         if "kill_after" in request and os.read(reading, 1):
             time.sleep(request["kill_after"])
-            os.kill(pid, request.get("signal", signal.SIGKILL))
+            os.kill(pids[-1], request.get("signal", signal.SIGKILL))
         while os.read(reading, 4096):
             pass
         os.close(reading)
-        _, status = os.waitpid(pid, 0)
-        answer = {"killed": os.WIFSIGNALED(status), "code": os.waitstatus_to_exitcode(status)}
-        print(json.dumps(answer | {"output": output.read_text()}), flush=True)
+        ended = [os.waitpid(pid, 0)[1] for pid in pids]
+        answer = {
+            "killed": any(os.WIFSIGNALED(status) for status in ended),
+            "code": max(map(os.waitstatus_to_exitcode, ended), key=abs),
+            "output": outputs[0].read_text(),
+            "outputs": [output.read_text() for output in outputs],
+        }
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

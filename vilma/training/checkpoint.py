@@ -10,14 +10,17 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+from torch import nn
+
 T = TypeVar("T")
 
-__all__ = ["CheckpointError", "Checkpoints", "replace_text"]
+__all__ = ["CheckpointError", "Checkpoints", "load_weights", "replace_text", "save_weights"]
 
 _SUMS = "SHA256SUMS"
 _ASIDE = ".tmp-"
@@ -192,6 +195,24 @@ class Checkpoints:
                 f"{'the disk is full' if full else 'writing failed'}{room}: {error}. {safe}. "
                 f"{advice} and run the same command again: it goes on from there"
             ) from error
+
+
+def load_weights(module: nn.Module, values: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Load the values of a checkpoint ``folder``; ValueError if they belong to another architecture."""
+    try:
+        module.load_state_dict(values)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} is a checkpoint of another architecture: {error}") from error
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Write a model by its own ``save_pretrained``, else as ``model.safetensors`` alone."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["NonFiniteError", "describe_nonfinite", "nonfinite_leaves"]
+from .distributed import full
+
+__all__ = ["NonFiniteError", "describe_idle", "describe_nonfinite", "nonfinite_leaves"]
 
 
 class NonFiniteError(ValueError):
@@ -29,12 +31,15 @@ def nonfinite_leaves(tree: Any, name: str = "") -> Iterator[str]:
 
 
 def describe_nonfinite(batch: Any, model: nn.Module) -> str:
-    """Lines that name the non-finite inputs, gradients and weights; call it before gradients are cleared."""
+    """Lines that name the non-finite inputs, gradients and weights; call it before gradients are cleared.
+
+    With shards all processes call it together; the inputs are those of this process.
+    """
     parameters = list(model.named_parameters())
     groups = {
         "inputs": list(nonfinite_leaves(batch)),
-        "gradients": [n for n, p in parameters if p.grad is not None and not torch.isfinite(p.grad).all()],
-        "weights": [n for n, p in parameters if not torch.isfinite(p).all()],
+        "gradients": [n for n, p in parameters if p.grad is not None and not _finite(p.grad)],
+        "weights": [n for n, p in parameters if not _finite(p)],
     }
     totals = {"gradients": f" of {len(parameters)}", "weights": f" of {len(parameters)}"}
     lines = []
@@ -43,3 +48,16 @@ def describe_nonfinite(batch: Any, model: nn.Module) -> str:
         counted = f" ({len(names)}{totals.get(kind, '')})" if names else ""
         lines.append(f"  non-finite {kind}{counted}: {shown or 'none'}")
     return "\n".join(lines)
+
+
+def describe_idle(model: nn.Module) -> str | None:
+    """Which trainable parameters the loss did not reach, after a backward pass; none where it reached all."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if not idle:
+        return None
+    shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
+    return f"warning: the loss does not reach {len(idle)} trainable parameters: {shown}"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(full(tensor.detach())).all())

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-__all__ = ["Place", "SampleStream", "SeededDataset", "derive_seed", "make_loader", "seed_all"]
+__all__ = ["Place", "SampleStream", "SeededDataset", "derive_seed", "make_loader", "sample_seeds", "seed_all"]
 
 # Purposes of derived seeds: two purposes never share a random stream.
-ORDER, DATA, STEP = range(3)
+ORDER, DATA, STEP, SAMPLE = range(4)
 
 
 def derive_seed(seed: int, *path: int) -> int:
@@ -39,6 +39,11 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
 class Place(NamedTuple):
     position: int  # in the stream
     index: int  # in the data set
+
+
+def sample_seeds(seed: int, places: Sequence[Place]) -> torch.Tensor:
+    """Seeds (len(places),) int64 >= 0 for what a model draws for each sample: fixed by seed and position."""
+    return torch.tensor([derive_seed(seed, SAMPLE, place.position) >> 1 for place in places])
 
 
 class SampleStream:

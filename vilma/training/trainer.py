@@ -6,8 +6,9 @@ pure functions of the seed and the update's number (`sampling`), and a checkpoin
 """
 
 import contextlib
+import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,24 +18,29 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from vilma.config import encode
-from vilma.extras import require, require_timm
 
-from .checkpoint import CheckpointError, Checkpoints
-from .diagnosis import NonFiniteError, describe_nonfinite
+from . import distributed
+from .average import check_untied, update_average
+from .checkpoint import CheckpointError, Checkpoints, load_weights, save_weights
+from .diagnosis import NonFiniteError, describe_idle, describe_nonfinite
 from .interrupt import deferred_interrupt
 from .ledger import Clock, Ledger, read_state
 from .metrics import Display, MetricsFile, TensorBoard
 from .optim import OptimConfig, build_optimizer
 from .rundir import check_config, locked, write_config
-from .sampling import STEP, SampleStream, derive_seed, make_loader, seed_all
+from .sampling import STEP, SampleStream, derive_seed, make_loader, sample_seeds, seed_all
 from .schedule import EmaConfig, Schedule, ScheduleConfig, ema_decay
 
 __all__ = ["MAY_CHANGE", "Trained", "Trainer", "TrainerConfig", "find_trained"]
 
-# What may differ between two starts of one run: it moves no weight (threads: by rounding only).
+# What may differ between two starts of one run: it moves no weight, or by rounding only. So may the number of
+# processes. What a model draws other than from ``batch["seed"]`` is then drawn anew, as under inductor.
 MAY_CHANGE = tuple(
     f"train.{name}"
-    for name in ("log_every", "checkpoint_every", "keep", "num_workers", "threads", "tensorboard")
+    for name in (
+        *("log_every", "checkpoint_every", "keep", "num_workers", "threads", "tensorboard"),
+        *("sharding", "sync_batchnorm", "compile", "channels_last"),
+    )
 )
 
 
@@ -46,12 +52,17 @@ class TrainerConfig:
         steps: optimiser updates.
         batch_size: samples of one update, over all processes and accumulated micro-batches.
         accumulate: micro-batches of one update.
-        precision: ``bf16`` runs the forward pass under autocast.
+        precision: ``bf16`` runs the forward pass under autocast; weights, gradients and averages stay fp32.
         grad_clip: largest gradient norm; none leaves gradients alone.
         num_workers: loader processes; 0 loads in the training process.
         threads: torch threads; none leaves torch's setting.
         log_every, checkpoint_every: updates between two lines of metrics, two checkpoints.
         keep: newest checkpoints to keep, besides the best.
+        sharding: with several processes, ``none`` keeps the whole model in each (DDP), ``fsdp2`` shards
+            weights, gradients, moments and the average over them (`distributed.distribute`).
+        sync_batchnorm: with several processes on accelerators, batch norms see the samples of all of them.
+        compile: backend of torch.compile (``inductor``), none to run eagerly; shards compile block by block.
+        channels_last: weights of convolutions have their channels innermost, as tensor cores read them.
     """
 
     steps: int = 10_000
@@ -66,6 +77,10 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep: int = 2
     tensorboard: bool = True
+    sharding: Literal["none", "fsdp2"] = "none"
+    sync_batchnorm: bool = True
+    compile: str | None = None
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "keep", "threads"):
@@ -78,6 +93,15 @@ class TrainerConfig:
             )
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise ValueError(f"train.grad_clip is {self.grad_clip}, wanted more than 0, or none")
+        if self.compile is not None and self.compile not in torch.compiler.list_backends(exclude_tags=()):
+            known = ", ".join(torch.compiler.list_backends())
+            raise ValueError(
+                f"train.compile is {self.compile!r}, wanted a backend of torch ({known}), or none"
+            )
+        if self.channels_last and self.sharding != "none":
+            raise ValueError(
+                "train.channels_last does nothing for shards, which are contiguous: drop one of both"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,9 @@ class Trainer:
         config: the loop; ``optim``, ``schedule``, ``ema`` are its other sections.
         model: ``model(batch) -> (loss, logs)`` with logs a mapping of names to scalars. Its weights are
             written by ``save``, else by its ``save_pretrained(folder)``, else as ``model.safetensors`` alone.
+            A batch that is a dictionary also has ``seed`` (B,) int64 on the CPU, one for each sample and
+            update: what a model draws from these alone does not depend on the number of processes, while
+            torch's generator is seeded for each process and micro-batch.
         dataset: map-style; ``__getitems__`` is used where it exists.
         collate: samples (or what ``__getitems__`` returned) -> batch.
         save: ``save(model, folder)``; the model is the averaged one if EMA is on, here and in ``score``.
@@ -152,19 +179,22 @@ class Trainer:
         self.schedule = schedule or ScheduleConfig()
         self.ema = ema or EmaConfig()
         self.collate, self.score, self.on_step = collate, score, on_step
-        self.save = save or _save
+        self.save = save or save_weights
         if describe is None:
             sections = {"optim": self.optim, "schedule": self.schedule, "ema": self.ema, "train": config}
             describe = {name: encode(section) for name, section in sections.items()}
         self.description = _plain_values(describe)
         self.may_change = (*MAY_CHANGE, *may_change)
         self.checkpoints = Checkpoints(self.run_dir / "checkpoints", config.keep)
-        self._averaged: Any = None
+        self._averaged: nn.Module | None = None
 
     @property
     def final_model(self) -> nn.Module:
-        """The weights that checkpoints hold: the moving average if there is one."""
-        return self.model if self._averaged is None else self._averaged.module
+        """The weights that checkpoints hold: the moving average if there is one.
+
+        It and ``model`` are never sharded: with shards they have the values of the last checkpoint.
+        """
+        return self.model if self._averaged is None else self._averaged
 
     def fit(self) -> Trained:
         """Train to the last step and return the last checkpoint.
@@ -174,11 +204,11 @@ class Trainer:
                 another process holds it.
             NonFiniteError: a loss or gradient was not finite; the last checkpoint is from before.
             CheckpointError: a checkpoint could not be written (a full disk) or none can be read.
-            KeyboardInterrupt: after SIGINT or SIGTERM, once a checkpoint is written (with one process).
+            KeyboardInterrupt: after SIGINT or SIGTERM to any of the processes, once a checkpoint is written.
         """
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        accelerator = _accelerator()
+        accelerator = distributed.open_accelerator()
         with contextlib.ExitStack() as stack:
             if accelerator.is_main_process:
                 stack.enter_context(locked(self.run_dir))
@@ -214,19 +244,14 @@ class Trainer:
                 f"{state['samples']}; give it the same data, or use another run directory"
             )
 
-    def _prepare(self, accelerator: Any, state: dict[str, Any] | None) -> "_Run":
-        """Optimiser, schedule, average and loader, with everything restored that ``state`` holds."""
+    def _prepare(self, accelerator: Any, display: Display, state: dict[str, Any] | None) -> "_Run":
+        """Everything that a run needs, with everything restored that ``state`` holds."""
         config = self.config
-        bare = self.model.to(accelerator.device)
+        bare, average = self._place(accelerator, display, state)
         optimizer = build_optimizer(self.optim, bare)
         schedule = Schedule(self.schedule, optimizer, config.steps)
-        self._averaged = _averaged_copy(bare) if self.ema.enabled else None
         if state is not None:
-            weights = [(bare, state["model"])]
-            weights += [(self._averaged.module, state["ema"])] if self._averaged is not None else []
-            for module, values in weights:
-                _load(module, values, self.checkpoints.path(state["step"]))
-            optimizer.load_state_dict(state["optimizer"])
+            optimizer.load_state_dict(distributed.shard_optimizer_state(state["optimizer"], optimizer))
         ledger = Ledger.restore(state)
         if state is not None:
             state.clear()  # everything is copied; at full size this is several times the model
@@ -250,33 +275,69 @@ class Trainer:
         return _Run(
             accelerator=accelerator,
             bare=bare,
+            average=average,
             trainable=[p for p in bare.parameters() if p.requires_grad],
-            model=accelerator.prepare_model(bare),
-            optimizer=accelerator.prepare_optimizer(optimizer),
+            model=bare if self._shards(accelerator) else accelerator.prepare_model(bare),
+            optimizer=optimizer,
             schedule=schedule,
             stream=stream,
             loader=loader,
             ledger=ledger,
         )
 
+    def _shards(self, accelerator: Any) -> bool:
+        return self.config.sharding == "fsdp2" and accelerator.num_processes > 1
+
+    def _place(
+        self, accelerator: Any, display: Display, state: Mapping[str, Any] | None
+    ) -> tuple[nn.Module, nn.Module | None]:
+        """Model and average as they are trained: the trainer's own on the device, or sharded copies."""
+        config, shards = self.config, self._shards(accelerator)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if not shards:
+            self.model.to(accelerator.device)
+        if state is not None:
+            load_weights(self.model, state["model"], self.checkpoints.path(state["step"]))
+        distributed.broadcast(self.model.state_dict().values(), accelerator)
+        average = None
+        if self.ema.enabled:
+            check_untied(self.model)
+            average = self._averaged = copy.deepcopy(self.model).eval()
+            if state is not None:
+                load_weights(average, state["ema"], self.checkpoints.path(state["step"]))
+        bare = self.model
+        if config.sync_batchnorm:
+            bare, warning = distributed.sync_batch_norms(bare, accelerator)
+            if warning:
+                display.say(warning)
+        if shards:
+            bare = distributed.distribute(bare, accelerator)
+            average = None if average is None else distributed.distribute(average, accelerator)
+        if config.compile is not None:
+            for module in distributed.sharding_blocks(bare) if shards else [bare]:
+                module.compile(backend=config.compile)
+        return bare, average
+
     def _train(self, accelerator: Any, display: Display, state: dict[str, Any] | None) -> Trained:
         config = self.config
-        run = self._prepare(accelerator, state)
+        run = self._prepare(accelerator, display, state)
         ledger = run.ledger
         begun = ledger.step
         if begun:
             display.say(f"{self.run_dir}: going on from step {begun} of {config.steps}")
         with contextlib.ExitStack() as stack:
             sinks = stack.enter_context(self._sinks(run, display))
-            interrupted = stack.enter_context(deferred_interrupt(accelerator.num_processes == 1))
+            interrupted = stack.enter_context(deferred_interrupt())
             stack.enter_context(display)
             clock = Clock(ledger.seconds)
             batches = iter(run.loader)
             run.model.train()
             while ledger.step < config.steps:
-                values = self._update(run, batches, clock)
-                if ledger.step == begun + 1:
-                    _name_idle(run.bare, display)
+                values = self._update(run, batches, clock, interrupted)
+                agreed = values.pop("interrupted") > 0
+                if ledger.step == begun + 1 and (idle := describe_idle(run.bare)):
+                    display.say(idle)
                 run.optimizer.zero_grad(set_to_none=True)
                 step, last = ledger.step, ledger.step == config.steps
                 record = None
@@ -289,10 +350,11 @@ class Trainer:
                 display.step(step, record)
                 if self.on_step is not None:
                     self.on_step(step, values)
+                stops = agreed if accelerator.num_processes > 1 else interrupted()
                 regular = step % config.checkpoint_every == 0 or last
-                if regular or interrupted():
+                if regular or stops:
                     self._checkpoint(run, sinks, clock, regular)
-                if interrupted() and not last:
+                if stops and not last:
                     display.say(f"interrupted at step {step} of {config.steps}, which is saved")
                     raise KeyboardInterrupt
         return Trained(self.checkpoints.path(ledger.step), ledger.step, begun, clock.total())
@@ -311,23 +373,30 @@ class Trainer:
             for sink in sinks:
                 sink.close()
 
-    def _update(self, run: "_Run", batches: Iterator[Any], clock: Clock) -> dict[str, float]:
-        """One optimiser update; returns its values, averaged over micro-batches and processes."""
+    def _update(
+        self, run: "_Run", batches: Iterator[Any], clock: Clock, interrupted: Callable[[], bool]
+    ) -> dict[str, float]:
+        """One optimiser update; returns its values, averaged over micro-batches and processes.
+
+        Among them is ``interrupted``, so that all processes stop together.
+        """
         config, accelerator, step = self.config, run.accelerator, run.ledger.step
         lr = run.schedule.set(step)
         bf16 = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         outputs = []
         for micro in range(config.accumulate):
             with clock.waiting():
-                batch = _to_device(next(batches), accelerator.device)
+                batch = distributed.to_device(next(batches), accelerator.device)
+            if isinstance(batch, MutableMapping):
+                batch["seed"] = sample_seeds(config.seed, run.stream.places(step, micro))
             seed_all(
                 derive_seed(config.seed, STEP, step, micro, accelerator.process_index), accelerator.device
             )
             partial = micro < config.accumulate - 1
-            with accelerator.no_sync(run.model) if partial else contextlib.nullcontext():
+            with distributed.unsynchronized(run.model) if partial else contextlib.nullcontext():
                 with bf16:
                     loss, logs = run.model(batch)
-                accelerator.backward(loss / config.accumulate)
+                (loss / config.accumulate).backward()
             outputs.append({**_detached(logs), "loss": loss.detach()})
         parameters = [p for p in run.trainable if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
@@ -338,21 +407,18 @@ class Trainer:
         for name in outputs[0]:
             if name != "loss":
                 values[name] = sum(float(output[name]) for output in outputs) / len(outputs)
-        values["grad_norm"] = float(norm)
-        if accelerator.num_processes > 1:
-            local = torch.tensor(list(values.values()), dtype=torch.float64, device=accelerator.device)
-            values = dict(zip(values, accelerator.reduce(local, "mean").tolist()))
+        values["grad_norm"] = float(distributed.full(norm))
+        values = distributed.agree(values | {"interrupted": float(interrupted())}, accelerator)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             bad = [micro for micro, loss in enumerate(losses) if not math.isfinite(loss)]
             raise NonFiniteError(self._explain(run, values, bad[0] if bad else 0))
         if config.grad_clip is not None:  # only now: a norm that is not finite would spread to every gradient
             nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, norm)
         run.optimizer.step()
-        run.ledger.add(values)
+        run.ledger.add({name: value for name, value in values.items() if name != "interrupted"})
         clock.samples += config.batch_size
-        if self._averaged is not None:
-            self._averaged.decay = ema_decay(self.ema, run.ledger.step)
-            self._averaged.update(run.bare)
+        if run.average is not None:
+            update_average(run.average, run.bare, ema_decay(self.ema, run.ledger.step))
         return values | {"lr": lr}
 
     def _explain(self, run: "_Run", values: Mapping[str, float], micro: int) -> str:
@@ -373,27 +439,31 @@ class Trainer:
     def _checkpoint(self, run: "_Run", sinks: list[Any], clock: Clock, regular: bool) -> None:
         """Write a checkpoint; only ``regular`` ones compete for best, so an interrupt changes nothing."""
         ledger, accelerator = run.ledger, run.accelerator
+        main = accelerator.is_main_process
+        state = {
+            "model": distributed.full_tree(run.bare.state_dict()),
+            "ema": None if run.average is None else distributed.full_tree(run.average.state_dict()),
+            "optimizer": distributed.full_tree(run.optimizer.state_dict(), keep=main),
+        }
+        if self._shards(accelerator):  # the trainer's own then have the values of the last checkpoint
+            self.model.load_state_dict(state["model"])
+            if self._averaged is not None:
+                self._averaged.load_state_dict(state["ema"])
         improved = False
         if regular:
             score = -ledger.interval.means()["loss"]
             if self.score is not None:
-                score = float(self.score(self.final_model.eval(), ledger.step))
+                score = self._score(accelerator, ledger.step)
                 run.model.train()
             improved = score > ledger.best["score"]
             if improved:
                 ledger.best = {"step": ledger.step, "score": score}
             ledger.interval.clear()
-        if accelerator.is_main_process:
+        if main:
             for sink in sinks:
                 sink.sync()
             ledger.seconds = clock.total()
-            state = {
-                "samples": len(self.dataset),
-                **ledger.state(),
-                "model": run.bare.state_dict(),
-                "ema": None if self._averaged is None else self._averaged.module.state_dict(),
-                "optimizer": run.optimizer.state_dict(),
-            }
+            state |= {"samples": len(self.dataset), **ledger.state()}
 
             def write(folder: Path) -> None:
                 self.save(self.final_model, folder)
@@ -403,13 +473,27 @@ class Trainer:
             self.checkpoints.save(ledger.step, write, best=improved)
         accelerator.wait_for_everyone()
 
+    def _score(self, accelerator: Any, step: int) -> float:
+        """``score`` of the final model, in evaluation mode and on the device; every process calls it."""
+        model = self.final_model
+        home = next(model.parameters()).device
+        # Parameters agree already; batch statistics may be those of each process.
+        distributed.broadcast(model.buffers(), accelerator)
+        score = float(self.score(model.to(accelerator.device).eval(), step))
+        model.to(home)
+        return score
+
 
 @dataclass
 class _Run:
-    """The live objects of one call of `Trainer.fit`; ``bare`` is the model without any wrapper."""
+    """The live objects of one call of `Trainer.fit`.
+
+    ``bare`` is the model without any wrapper: the trainer's own, or a sharded copy; ``average`` likewise.
+    """
 
     accelerator: Any
     bare: nn.Module
+    average: nn.Module | None
     trainable: list[nn.Parameter]
     model: nn.Module
     optimizer: Any
@@ -423,65 +507,5 @@ def _plain_values(describe: Any) -> dict[str, Any]:
     return encode(describe) if is_dataclass(describe) else dict(describe)
 
 
-def _accelerator() -> Any:
-    """An Accelerator of one process or DDP. Precision is our autocast: Accelerate would patch ``forward``."""
-    accelerate = require("accelerate", "train")
-    accelerator = accelerate.Accelerator(mixed_precision="no")
-    kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise ValueError(
-            f"Accelerate was launched as {kind}; this trainer runs one process or DDP (MULTI_GPU)"
-        )
-    return accelerator
-
-
-def _name_idle(model: nn.Module, display: Display) -> None:
-    """Say which trainable parameters the loss does not reach."""
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if idle:
-        shown = ", ".join(idle[:5]) + (", ..." if len(idle) > 5 else "")
-        display.say(f"warning: the loss does not reach {len(idle)} trainable parameters: {shown}")
-
-
 def _detached(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: v.detach() if isinstance(v, torch.Tensor) else v for name, v in logs.items()}
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if device.type == "cpu":
-        return batch
-    from accelerate.utils import send_to_device
-
-    return send_to_device(batch, device, non_blocking=True)
-
-
-def _averaged_copy(model: nn.Module) -> Any:
-    """timm's moving average of the whole state dict, buffers included."""
-    require_timm()
-    from timm.utils import ModelEmaV3
-
-    seen: dict[int, str] = {}
-    for name, value in model.state_dict().items():
-        twin = seen.setdefault(value.data_ptr(), name) if value.numel() else name
-        if twin != name:
-            raise ValueError(
-                f"{twin} and {name} share memory, so the moving average would count them twice a step; untie "
-                "them or set ema.enabled to false"
-            )
-    return ModelEmaV3(model)
-
-
-def _load(module: nn.Module, values: Mapping[str, torch.Tensor], folder: Path) -> None:
-    try:
-        module.load_state_dict(values)
-    except RuntimeError as error:
-        raise ValueError(f"{folder} is a checkpoint of another architecture: {error}") from error
-
-
-def _save(model: nn.Module, folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained(folder)
-    else:
-        from safetensors.torch import save_model
-
-        save_model(model, str(folder / "model.safetensors"))
