@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vilma.xlstm import BlockStack, xLSTMLargeBlock
+from vilma.xlstm.linear_cpu import linears
 
 
 class CausalStack(BlockStack):
     """Blocks one after another; a token sees those before it."""
 
     def remember(self, x: Tensor) -> list:
-        return self(x, return_state=True)[1]
+        return self(x, return_state=True, last=1)[1]
 
 
 class AlternatingStack(BlockStack):
@@ -34,7 +35,7 @@ class AlternatingStack(BlockStack):
         self.tail = tail
 
     def remember(self, x: Tensor) -> list:
-        return super().forward(x, return_state=True)[1]
+        return super().forward(x, return_state=True, last=1)[1]
 
     def forward(
         self, x: Tensor, state: list | None = None, return_state: bool = False, last: int | None = None
@@ -85,7 +86,8 @@ class TransformerBlock(nn.Module):
         last: int | None = None,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor]]:
         """As `vilma.xlstm.xLSTMLargeBlock.forward`."""
-        qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.num_heads, -1))
+        (qkv,) = linears(self.norm_attention(x), self.qkv)
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))
         q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))
         if state is not None:
             k, v = (torch.cat([past.to(now.dtype), now], dim=2) for past, now in zip(state, (k, v)))
@@ -96,9 +98,9 @@ class TransformerBlock(nn.Module):
         else:
             h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x, h = (y if last is None else y[:, -last:] for y in (x, h.transpose(1, 2).flatten(2)))
-        x = x + self.out_proj(h)
-        y = self.norm_ffn(x)
-        x = x + self.proj_down(F.silu(self.proj_up_gate(y)) * self.proj_up(y))
+        x = x + linears(h, self.out_proj)[0]
+        gate, up = linears(self.norm_ffn(x), self.proj_up_gate, self.proj_up)
+        x = x + linears(F.silu(gate) * up, self.proj_down)[0]
         return (x, (k, v)) if return_state else x
 
     def step(

@@ -76,6 +76,22 @@ def test_attention_against_the_definition():
     assert_close(block(x, last=2), wanted[:, -2:], 1e-12)
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("tokens", [1, 5, 16, 40])
+def test_inference_takes_the_form_for_few_rows(name, tokens):
+    """Without gradients weights are multiplied by another kernel; wide enough that it is used."""
+    torch.manual_seed(0)
+    model = build_backbone(name, 256, 2, 4, tail=min(tokens, 3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    x = torch.randn(1, tokens, 256)
+    with_gradients = model(x)
+    with torch.no_grad():
+        assert_close(model(x), with_gradients, 1e-5)
+        exact = model.double()(x.double())
+    assert_close(with_gradients.double(), exact, 1e-5)
+
+
 def denoiser(backbone, noise_token):
     torch.manual_seed(0)
     sizes = {"latent_dim": 24, "goal_dim": 16, "action_dim": 7, "num_obs_tokens": 4, "horizon": 6}

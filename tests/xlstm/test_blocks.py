@@ -48,6 +48,24 @@ def test_block_follows_the_equations(qk_dim_factor, v_dim_factor):
     assert_close(block(x), by_equations(dict(block.named_parameters()), x, 4), 1e-10)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_inference_follows_the_equations(rows):
+    """In float32 without gradients, where few rows take another kernel; large enough that they do."""
+    block = make_block(256, 4).requires_grad_(False)
+    x = torch.randn(1, rows, 256, dtype=torch.float64)
+    exact = by_equations(dict(block.named_parameters()), x, 4)
+    block = block.float()
+    assert_close(block(x.float()).double(), exact, 1e-5)
+    stepped, state = [], None
+    for x_t in x.float().unbind(1):
+        with torch.no_grad():
+            y, state = block.step(x_t, state)
+        stepped.append(y)
+    assert_close(torch.stack(stepped, 1).double(), exact, 1e-5)
+    with torch.no_grad():
+        assert_close(block(x.float()).double(), exact, 1e-5)
+
+
 def test_parameters_are_those_of_the_reference():
     stored = golden("pmp", "xlstm_denoiser_tiny.npz")
     prefix = "w/encoder."

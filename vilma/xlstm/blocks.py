@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import MultiHeadNorm
+from .linear_cpu import linears
 from .mlstm import MLSTMState, mlstm, mlstm_step
 
 
@@ -186,27 +187,30 @@ class _mLSTMLayer(nn.Module):
     def forward(
         self, x: Tensor, state: MLSTMState | None, return_state: bool
     ) -> tuple[Tensor, MLSTMState | None]:
-        q, k, v = (self._heads(linear(x)).transpose(1, 2) for linear in (self.q, self.k, self.v))
-        i, f = (self._cap(linear(x)).transpose(1, 2) for linear in (self.igate_preact, self.fgate_preact))
-        h = mlstm(q, k, v, i, f, state, return_state=return_state, backend=self.backend, eps=self.eps)
+        *inputs, o = self._projected(x)
+        inputs = (y.transpose(1, 2) for y in inputs)
+        h = mlstm(*inputs, state, return_state=return_state, backend=self.backend, eps=self.eps)
         if return_state:
             h, state = h
-        return self._output(x, h.transpose(1, 2)), state
+        return self._output(h.transpose(1, 2), o), state
 
     def step(self, x: Tensor, state: MLSTMState | None) -> tuple[Tensor, MLSTMState]:
-        q, k, v = (self._heads(linear(x)) for linear in (self.q, self.k, self.v))
-        i, f = (self._cap(linear(x)) for linear in (self.igate_preact, self.fgate_preact))
-        h, state = mlstm_step(q, k, v, i, f, state, backend=self.backend, eps=self.eps)
-        return self._output(x, h), state
+        *inputs, o = self._projected(x)
+        h, state = mlstm_step(*inputs, state, backend=self.backend, eps=self.eps)
+        return self._output(h, o), state
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1))
+    def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v (..., H, D) of a head, i, f (..., H) and the output gate's pre-activation (..., H D)."""
+        maps = self.q, self.k, self.v, self.igate_preact, self.fgate_preact, self.ogate_preact
+        q, k, v, i, f, o = linears(x, *maps)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        return q, k, v, self._cap(i), self._cap(f), o
 
     def _cap(self, gate: Tensor) -> Tensor:
         return self.gate_soft_cap * torch.tanh(gate / self.gate_soft_cap)
 
-    def _output(self, x: Tensor, h: Tensor) -> Tensor:
-        return self.out_proj(torch.sigmoid(self.ogate_preact(x)) * self.multihead_norm(h))
+    def _output(self, h: Tensor, o: Tensor) -> Tensor:
+        return linears(torch.sigmoid(o) * self.multihead_norm(h), self.out_proj)[0]
 
 
 class _SwiGLU(nn.Module):
@@ -224,7 +228,8 @@ class _SwiGLU(nn.Module):
         init_output(self.proj_down.weight, self.num_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj_down(F.silu(self.proj_up_gate(x)) * self.proj_up(x))
+        gate, up = linears(x, self.proj_up_gate, self.proj_up)
+        return linears(F.silu(gate) * up, self.proj_down)[0]
 
 
 def init_small(weight: Tensor, dim: int) -> None:
