@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vilma.pointmap.encoders import as_feature_map, feature_layer
 
 from .pointmap_policy import PointMapPolicy
+from .policy import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +54,13 @@ def grad_cam(
         encoder.register_forward_pre_hook(_keep_input(seen, name))
         for name, encoder in policy.encoders.items()
     ]
-    training = policy.training
-    policy.eval()
+    accelerators = [policy.device] if policy.device.type == "cuda" else []
     try:
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        with evaluating(policy), torch.enable_grad(), torch.random.fork_rng(devices=accelerators):
             torch.manual_seed(seed)
             loss = _loss(policy, batch, draws)
             gradients = torch.autograd.grad(loss, list(maps.values()))
     finally:
-        policy.train(training)
         for handle in handles:
             handle.remove()
     count, steps = len(batch["task"]), policy.config.obs_horizon

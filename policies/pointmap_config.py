@@ -7,7 +7,7 @@ from typing import Any
 
 from vilma.pointmap.augment import AugmentConfig
 
-from . import edm
+from . import edm, framed
 from .backbones import BACKBONES
 from .fusion import MODALITIES
 from .heads import HEADS
@@ -60,6 +60,11 @@ class PointMapPolicyConfig:
 
     text_encoder: hashed, table (of ``tasks``) or clip (``text_weights``, embeddings in ``text_cache``).
 
+    frame_state, frame_action: which numbers of state and action are written in the reference frame, first
+    indices by kind (`vilma.policies.framed.KINDS`), e.g. {position: [0], quaternion: [3]}. Needed by
+    ``augment.frame_*``, which displaces the frame of the points: these move along. {}: none, so that the
+    points alone are displaced (cameras calibrated badly against the robot).
+
     use_state adds one token from ``observation.state`` (state_dim). action_normalization and
     state_normalization: mean_std, min_max or none. gripper_index: action dimensions whose sign is executed
     (-1 or 1). ``horizon`` actions are predicted from obs_horizon observations, the first ``execute`` are
@@ -95,6 +100,8 @@ class PointMapPolicyConfig:
     shift: dict[str, int] = field(default_factory=dict)
     paired_shift: bool = True
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    frame_state: dict[str, tuple[int, ...]] | None = None
+    frame_action: dict[str, tuple[int, ...]] | None = None
     rgb_encoder: str = "convnextv2_tiny"
     rgb_encoder_options: dict[str, Any] = field(default_factory=dict)
     rgb_pretrained: bool = False
@@ -192,6 +199,7 @@ class PointMapPolicyConfig:
             raise ValueError(
                 f"gripper_index {list(self.gripper_index)} leaves the {self.action_dim} action dimensions"
             )
+        self._check_frame_jitter()
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"wanted 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.point_scale is not None and min(self.point_scale) <= 0:
@@ -212,4 +220,24 @@ class PointMapPolicyConfig:
             raise ValueError(
                 f"sampling_steps ({self.sampling_steps}) must not exceed diffusion_steps "
                 f"({self.diffusion_steps})"
+            )
+
+    def _check_frame_jitter(self) -> None:
+        framed.check_parts(self.frame_action or {}, self.action_dim, "frame_action")
+        framed.check_parts(self.frame_state or {}, self.state_dim, "frame_state")
+        if not self.augment.moves_frame:
+            return
+        if self.reference_frame == "camera" or not {"xyz", "xyzrgb"} & set(MODALITIES[self.modality].streams):
+            raise ValueError(
+                "augment.frame_translation and frame_rotation displace points in a frame that the cameras "
+                f"share; modality {self.modality!r} in the {self.reference_frame} frame has none: set them "
+                "to 0"
+            )
+        silent = ["frame_action"] * (self.frame_action is None)
+        silent += ["frame_state"] * (self.use_state and self.frame_state is None)
+        if silent:
+            raise ValueError(
+                "augment.frame_translation and frame_rotation displace the points; say with "
+                f"{' and '.join(silent)} which numbers are written in the same frame and move along, e.g. "
+                "{position: [0], quaternion: [3]}, or {} for none (cameras calibrated badly)"
             )

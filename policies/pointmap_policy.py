@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vilma.pointmap.augment import frame_jitter
+from vilma.pointmap.check import warn_about_geometry
 from vilma.pointmap.encoders import build_encoder
 
+from . import framed
 from .denoiser import Denoiser
 from .fusion import FUSIONS, MODALITIES
 from .heads import build_head
@@ -99,6 +102,7 @@ class PointMapPolicy(Policy):
         )
         if stats:
             self.set_statistics(stats)
+        self._looked_at_geometry = False
 
     @property
     def observation_keys(self) -> tuple[str, ...]:
@@ -117,18 +121,31 @@ class PointMapPolicy(Policy):
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """The head's loss of a batch: the observation keys (B, To, ...), ``task``, ``action`` (B, H, A) whose
-        first step belongs to the last observation, and ``action_is_pad`` (B, H) if some are padding."""
+        first step belongs to the last observation, and ``action_is_pad`` (B, H) if some are padding.
+
+        Augmentation draws from ``seed`` (B,) int64 where the batch has one. The first batch in training mode
+        is looked at for geometry of another convention (`vilma.pointmap.warn_about_geometry`).
+        """
         c = self.config
+        self._check_present(batch)
+        self._look_at_geometry(batch)
         action = batch["action"].float()
         if action.shape[1:] != (c.horizon, c.action_dim):
             raise ValueError(
                 f"action must have shape (B, {c.horizon}, {c.action_dim}), got {tuple(action.shape)}"
             )
+        seeds = self.views.draw(len(action), action.device, batch.get("seed"))
+        if seeds is not None and self.training and c.augment.moves_frame:
+            motion = frame_jitter(c.augment, seeds)
+            action = framed.moved(action, c.frame_action, motion)
+            if c.use_state:
+                state = batch["observation.state"].float()
+                batch = {**batch, "observation.state": framed.moved(state, c.frame_state, motion)}
         action = self.action_normalizer.normalize(action)
         mask = None
         if "action_is_pad" in batch and not c.loss_on_padding:
             mask = ~batch["action_is_pad"]
-        context = self.encode(batch)
+        context = self.context(batch, self.text(batch["task"]), seeds)
         if c.noise_draws > 1 and self.head.takes_noise:
             context, action = (x.repeat_interleave(c.noise_draws, 0) for x in (context, action))
             mask = None if mask is None else mask.repeat_interleave(c.noise_draws, 0)
@@ -167,12 +184,12 @@ class PointMapPolicy(Policy):
         self._check_present(obs)
         return self.context(obs, self.text(obs["task"]))
 
-    def context(self, obs: Mapping[str, Any], goal: Tensor) -> Tensor:
-        """As `encode`, for task vectors (B, E)."""
+    def context(self, obs: Mapping[str, Any], goal: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """As `encode`, for task vectors (B, E); seeds (B,) of the augmentation, drawn if none are given."""
         c = self.config
         batch, steps = len(goal), c.obs_horizon
         cond = goal.repeat_interleave(steps, 0)
-        seeds = self.views.draw(batch, goal.device)
+        seeds = self.views.draw(batch, goal.device) if seeds is None else seeds
         lost = self.fusion.draw(batch, goal.device)
         lost = None if lost is None else lost.repeat_interleave(steps, 0)
         tokens = []
@@ -250,6 +267,21 @@ class PointMapPolicy(Policy):
             else:
                 count += 1 if kind == "attention" else sum(found.values())
         return count
+
+    def _look_at_geometry(self, batch: Mapping[str, Any]) -> None:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if torch.compiler.is_compiling() or capturing or self._looked_at_geometry or not self.training:
+            return
+        self._looked_at_geometry = True
+        c = self.config
+        warn_about_geometry(
+            batch,
+            c.cameras,
+            reference_frame=c.reference_frame,
+            depth_range=c.depth_range,
+            workspace=c.workspace,
+            stacklevel=6,  # forward, two frames of nn.Module, and who called the policy
+        )
 
     def _check_present(self, obs: Mapping[str, Any]) -> None:
         absent = [key for key in (*self.observation_keys, "task") if key not in obs]

@@ -99,7 +99,7 @@ class Policy(nn.Module):
                 row.history.append({key: _copy_row(value, index) for key, value in obs.items()})
         due = [row for row in rows if not row.actions]
         if due:
-            with _evaluating(self):
+            with evaluating(self):
                 chunks = self.predict_chunk(self._histories(due), [row.generator for row in due])
             for row, chunk in zip(due, chunks[:, : self.config.execute].float().cpu()):
                 row.actions.extend(chunk)
@@ -351,7 +351,8 @@ def _decode(cls: type[Policy], config: Any, where: str = "") -> tuple[type[Polic
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every submodule's own mode is put back."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False

@@ -75,15 +75,23 @@ class Views(nn.Module):
             return c.crops[camera][2:]
         return c.augment.crop or c.image_size.get(camera)
 
-    def draw(self, count: int, device: torch.device) -> Tensor | None:
-        """One seed a sample for all its cameras; None when nothing is augmented."""
-        return random_seeds(count, device=device) if self.augments else None
+    def draw(self, count: int, device: torch.device, seeds: Tensor | None = None) -> Tensor | None:
+        """One seed a sample for all its cameras, ``seeds`` if given; None when nothing is augmented."""
+        if not self.augments:
+            return None
+        if not self.training:  # only the middle crop is left: nothing may be drawn
+            return torch.zeros(count, dtype=torch.int64, device=device)
+        return random_seeds(count, device=device) if seeds is None else seeds.to(device)
 
     def forward(self, obs: Mapping[str, Any], camera: str, seeds: Tensor | None = None) -> dict[str, Tensor]:
         c = self.config
         view = self._view(obs, camera)
         if self.augments:
             view = augment_view(view, c.augment, seeds, self.training)
+            if c.reference_frame == "camera" and view.camera is not None:
+                # A camera that was moved sees points in its own new frame.
+                eye = torch.eye(4, device=view.depth.device).expand_as(view.camera.pose)
+                view = replace(view, camera=replace(view.camera, pose=eye, check=False))
         size = view.size
         top, left, height, width = self._crop(camera, size)
         margin = c.shift.get(camera, 0) if self.training else 0

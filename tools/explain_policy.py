@@ -130,15 +130,19 @@ def panel(
 
 
 def _shown(picture: torch.Tensor, stream: str, normalization: str) -> np.ndarray:
-    """(H, W, 3) in [0, 1]: colours as they were, points and depth stretched over their range in the frame."""
+    """(H, W, 3) in [0, 1]: colours as they were, points and depth stretched over their range in the frame;
+    holes, which hold 0, in grey."""
     if stream in ("rgb", "xyzrgb"):
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in RGB_NORMALIZATION[normalization])
         image = picture[-3:] * std + mean
     else:
         image = picture[:3] if stream == "xyz" else picture[:1].expand(3, -1, -1)
-        flat = image.flatten(1)
-        low, high = (torch.quantile(flat, q, dim=1)[:, None, None] for q in (0.02, 0.98))
-        image = (image - low) / (high - low).clamp_min(1e-6)
+        hole = (image == 0).all(0)
+        if not hole.all():
+            seen = image[:, ~hole]
+            low, high = (torch.quantile(seen, q, dim=1)[:, None, None] for q in (0.02, 0.98))
+            image = (image - low) / (high - low).clamp_min(1e-6)
+        image = image.masked_fill(hole, 0.75)
     return image.clamp(0, 1).movedim(0, -1).numpy()
 
 

@@ -92,6 +92,26 @@ def test_pointnet_is_dp3s():
     assert nothing.isfinite().all() and torch.equal(nothing[0], nothing[1])
 
 
+def test_pointnet_gradient_is_that_of_its_definition():
+    encoder = PointNetEncoder(3, 16, (8, 16, 32)).double()
+    cloud = torch.randn(3, 40, 3, dtype=torch.float64, requires_grad=True)
+    valid = torch.rand(3, 40) < 0.6
+    valid[2] = False  # a cloud without a point
+    wanted = encoder.projection(torch.where(valid[..., None], encoder.mlp(cloud), 0).amax(1))
+    got = encoder(cloud, valid)
+    torch.testing.assert_close(got, wanted)
+    weights = torch.randn_like(wanted)
+    inputs = [cloud, *encoder.parameters()]
+    pairs = zip(
+        torch.autograd.grad((got * weights).sum(), inputs),
+        torch.autograd.grad((wanted * weights).sum(), inputs),
+    )
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(cloud, valid), wanted)
+
+
 def test_cloud_encoder_reads_point_images():
     generator = torch.Generator().manual_seed(0)
     depth = torch.rand(2, *SIZE, generator=generator) + 0.5
@@ -111,6 +131,24 @@ def test_cloud_encoder_reads_point_images():
     colored = PointCloudEncoder(7, num_features=32, points=16)(torch.cat([image, torch.rand(2, 3, *SIZE)], 1))
     assert colored.shape == (2, 32)
     colored.sum().backward()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.4])
+def test_training_on_a_cpu_samples_the_same_points(share):
+    """Training leaves common holes out before sampling; acting, which looks at no value, does not."""
+    torch.manual_seed(0)
+    encoder = PointCloudEncoder(7, 16, points=30).double()
+    x = torch.randn(4, 7, 20, 25, dtype=torch.float64)
+    x[:, 3] = (torch.rand(4, 20, 25) < share).double()
+    x[1, 3] = 0
+    seen = []
+    encoder.network.register_forward_pre_hook(lambda module, args: seen.append(args))
+    trained = encoder(x)
+    with torch.no_grad():
+        acted = encoder(x)
+    assert torch.equal(seen[0][1], seen[1][1])
+    assert torch.equal(seen[0][0][seen[0][1]], seen[1][0][seen[1][1]])
+    torch.testing.assert_close(trained, acted)
 
 
 def test_clouds_of_cameras_merge():

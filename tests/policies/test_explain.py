@@ -26,9 +26,12 @@ from vilma.policies.explain import grad_cam
 def test_one_map_for_each_camera_and_modality(tiny_policy, tiny_batch, changes, streams):
     policy = tiny_policy(**changes).train()
     batch = tiny_batch(steps=policy.config.obs_horizon)
+    policy.encoders["front_" + streams[0]].eval()  # a frozen part keeps its own mode
+    modes = [module.training for module in policy.modules()]
     before = torch.get_rng_state()
     found = grad_cam(policy, batch, draws=4)
-    assert torch.equal(torch.get_rng_state(), before) and policy.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in policy.modules()] == modes
     assert all(p.grad is None for p in policy.parameters())
     assert [(f.camera, f.stream) for f in found] == [(c, s) for c in ("front", "wrist") for s in streams]
     for f in found:
@@ -72,6 +75,17 @@ def test_of_a_network_that_pools_by_the_mean_it_is_grad_cam(tiny_policy, tiny_ba
 def test_clouds_have_no_map(tiny_policy, tiny_batch):
     with pytest.raises(ValueError, match="cannot be explained: cloud_xyz"):
         grad_cam(tiny_policy(modality="dp3"), tiny_batch())
+
+
+def test_holes_are_shown_grey_and_leave_the_colours_alone():
+    from vilma.tools.explain_policy import _shown
+
+    picture = 5 + torch.rand(4, 8, 8)
+    picture[:, :2] = 0
+    image = torch.from_numpy(_shown(picture, "xyz", "imagenet"))
+    assert (image[:2] == 0.75).all()
+    torch.testing.assert_close(image[2:], torch.from_numpy(_shown(picture[:, 2:], "xyz", "imagenet")))
+    assert (_shown(0 * picture, "depth", "imagenet") == 0.75).all()
 
 
 def test_panel_of_an_episode(tiny_policy, tiny_batch, tmp_path):

@@ -5,9 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from vilma.pointmap.augment import AugmentConfig
+from vilma.pointmap.augment import AugmentConfig, frame_jitter
 from vilma.policies import PointMapPolicy, PointMapPolicyConfig, load_policy
 from vilma.policies.fusion import MODALITIES
+
+# The scenes here are random: what the first batch's look says of them does not matter.
+pytestmark = pytest.mark.filterwarnings("ignore::vilma.pointmap.check.GeometryWarning")
 
 CAMERAS = ("front", "wrist")
 HEIGHT, WIDTH = 24, 32
@@ -473,7 +476,8 @@ def test_resize_keeps_measured_points():
 
 
 def test_augmentation_reaches_pictures_and_points_in_training_only():
-    policy = make_policy(augment=AugmentConfig(frame_translation=0.1, brightness=0.3))
+    still_state = {"frame_state": {}, "frame_action": {}}
+    policy = make_policy(augment=AugmentConfig(frame_translation=0.1, brightness=0.3), **still_state)
     batch = make_batch()
     still = policy.eval().pictures(batch, "front")
     torch.testing.assert_close(still["xyz"], make_policy().eval().pictures(batch, "front")["xyz"])
@@ -490,6 +494,81 @@ def test_augmentation_reaches_pictures_and_points_in_training_only():
     assert policy.select_action(observation()).isfinite().all()
     with pytest.raises(ValueError, match=r"lacks observation.depth.front, which augmentation needs"):
         policy.train()(batch)
+
+
+def test_frame_jitter_moves_what_is_written_in_the_frame():
+    """Points, state and action of a sample by one motion, and nothing else; in training only."""
+    augment = AugmentConfig(frame_translation=0.1, frame_rotation=20, frame_pivot=(0.3, 0.1, 0.2))
+    policy = make_policy(
+        augment=augment, frame_state={"position": (1,)}, frame_action={"vector": (0, 3)}, obs_horizon=2
+    )
+    for normalizer in (policy.action_normalizer, policy.state_normalizer):
+        normalizer.set_statistics(
+            {"mean": [0.0] * normalizer.dim, "std": [1.0] * normalizer.dim}
+            | {"min": [-1.0] * normalizer.dim, "max": [1.0] * normalizer.dim}
+        )
+    batch = make_batch(steps=2) | {"seed": torch.tensor([5, 6, 7])}
+    seen, states, actions = [], [], []
+    policy.encoders["front_xyz"].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    policy.state_proj.register_forward_pre_hook(lambda m, args: states.append(args[0]))
+    policy.head.loss = lambda net, action, mask: actions.append(action) or action.sum()
+    for training in (False, True, True):
+        policy.train(training)(batch)
+    batch["seed"] = batch["seed"] + 1
+    policy(batch)
+    motion = frame_jitter(augment, torch.tensor([5, 6, 7]))
+    rotation, offset = motion[:, :3, :3], motion[:, :3, 3]
+
+    def turned(x):
+        return torch.einsum("bij,b...j->b...i", rotation, x)
+
+    points = seen[0][:, :3].unflatten(0, (3, 2)).movedim(2, -1)
+    moved = seen[1][:, :3].unflatten(0, (3, 2)).movedim(2, -1)
+    torch.testing.assert_close(moved, turned(points) + offset[:, None, None, None], atol=1e-5, rtol=0)
+    before, after = (s.view(3, 2, 5) for s in states[:2])
+    torch.testing.assert_close(after[..., 1:4], turned(before[..., 1:4]) + offset[:, None])
+    assert torch.equal(after[..., [0, 4]], before[..., [0, 4]])
+    for part in (slice(0, 3), slice(3, 6)):
+        torch.testing.assert_close(actions[1][..., part], turned(actions[0][..., part]))
+    assert torch.equal(actions[1][..., 6], actions[0][..., 6])
+    assert torch.equal(actions[2], actions[1]) and not torch.allclose(actions[3], actions[1], atol=1e-3)
+
+
+def test_frame_jitter_is_refused_where_it_would_tear_points_and_actions_apart():
+    augment = AugmentConfig(frame_rotation=3.0)
+    with pytest.raises(ValueError, match=r"say with frame_action and frame_state which .*\{\} for none"):
+        config(augment=augment)
+    with pytest.raises(ValueError, match="say with frame_state which"):
+        config(augment=augment, frame_action={"vector": (0,)})
+    with pytest.raises(ValueError, match="frame_action: the vector at 5"):
+        config(frame_action={"vector": (5,)})
+    config(augment=augment, frame_action={}, use_state=False)
+    for changes in ({"modality": "rgb"}, {"modality": "depth"}, {"reference_frame": "camera"}):
+        with pytest.raises(ValueError, match="has none: set them to 0"):
+            config(augment=augment, frame_action={}, frame_state={}, **changes)
+
+
+def test_a_moved_camera_sees_points_in_its_own_frame():
+    """Without poses there is no other frame: the third coordinate stays the depth along the new axis."""
+    augment = AugmentConfig(camera_translation=0.05, camera_rotation=8)
+    policy = make_policy(reference_frame="camera", augment=augment, depth_range=None).train()
+    batch = make_batch()
+    for camera in CAMERAS:
+        batch[f"observation.depth.{camera}"].fill_(0.5)
+    seen = policy.pictures(batch, "front")["xyz"]
+    intrinsics = batch["observation.intrinsics.front"][0, 0]
+    column = torch.arange(WIDTH) + 0.5
+    wanted = (column - intrinsics[0, 2]) / intrinsics[0, 0] * seen[:, 2]
+    torch.testing.assert_close(seen[:, 0], wanted, atol=1e-5, rtol=0)
+    assert (seen[:, 2] - 0.5).abs().max() > 1e-3
+
+
+def test_nothing_is_drawn_in_evaluation():
+    policy = make_policy(augment=AugmentConfig(crop=(20, 20), shift=2, hue=0.1), modality_dropout=0.2).eval()
+    batch, state = make_batch(), torch.get_rng_state()
+    goal = policy.text(batch["task"])
+    assert torch.equal(policy.context(batch, goal), policy.context(batch, goal))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_local_tokens_are_counted():
