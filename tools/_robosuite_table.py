@@ -20,10 +20,11 @@ ABOVE_TABLE = 0.805
 CLOUD = {"cloud_points": 256, "cloud_stride": 2}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """Task, demonstrations and recipe that rows of the table share. environment: options of the simulator,
-    in the demonstrations and in every evaluation."""
+    in the demonstrations and in every evaluation. cameras: those of the demonstrations, none for the task's.
+    """
 
     name: str
     title: str
@@ -31,9 +32,10 @@ class Setting:
     config: str
     demos: int
     environment: Mapping[str, Any] = field(default_factory=dict)
+    cameras: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """One trained policy (or one shared with other cells) and one evaluation of it.
 
@@ -90,6 +92,7 @@ class Plan:
         asked = ["--demos", str(self.demos or setting.demos), "--seed", "0", "--workers", str(workers)]
         return [
             *("collect-robosuite", "--task", setting.task, *asked),
+            *(("--cameras", *setting.cameras) if setting.cameras else ()),
             *_options("env", setting.environment),
             *("--out", str(self.data)),
         ]
@@ -133,6 +136,7 @@ class Plan:
             self.demos or setting.demos,
         ]
         parts += [setting.task, dict(setting.environment), dict(self.cell.environment)]
+        parts += [setting.cameras] if setting.cameras else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -155,13 +159,43 @@ LIFT = Setting(
 STACK = Setting("stack", "Stack", "Stack", "configs/policies/table_stack.yaml", demos=100)
 CAN = Setting("can", "PickPlaceCan", "PickPlaceCan", "configs/policies/table_can.yaml", demos=50)
 
+# Of two cameras the one on the wrist would always see the cube from where it was in training: with it, RGB
+# alone can do without geometry. Here all is seen by one camera that stands somewhere else in every episode.
+MOVED = Setting(
+    "moved",
+    "Lift, camera moved by up to 10 cm and 10 degrees, three cubes of other colours",
+    "Lift",
+    "configs/policies/table_moved.yaml",
+    demos=100,
+    environment={"placement": 0.12, "camera_jitter": [0.1, 10.0], "distractors": 3},
+    cameras=("agentview",),
+)
+SHIFT = Setting(
+    "shift",
+    "Lift, camera at rest in training",
+    "Lift",
+    "configs/policies/table_moved.yaml",
+    demos=100,
+    environment={"placement": 0.12},
+    cameras=("agentview",),
+)
+REPOSED = {"augment": {"camera_translation": 0.12, "camera_rotation": 5.0, "repose_probability": 0.8}}
+
 MODALITIES = ("rgb", "depth", "xyz", "6ch", "add", "cat", "dp3")
 
 
 def _cells() -> tuple[Cell, ...]:
-    first, second = ("rgb", "xyz", "cat", "dp3"), ("depth", "6ch", "add")
+    first, second, three = ("rgb", "xyz", "cat", "dp3"), ("depth", "6ch", "add"), ("rgb", "xyz", "cat")
     cells = [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in first]
     cells += [Cell(STACK, modality, 0) for modality in ("rgb", "cat")]
+    cells += [Cell(MOVED, modality, 0) for modality in three]
+    # All trainings before the evaluations that share them.
+    for centimetres in (0, 5, 10):
+        moved = {"moved": f"{centimetres}cm", "environment": {"camera_shift": centimetres / 100}}
+        moved = moved if centimetres else {}
+        for modality in ("cat", "xyz", "rgb"):
+            cells += [Cell(SHIFT, modality, 0, **moved)]
+            cells += [Cell(SHIFT, modality, 0, variant="reposed", changes=REPOSED, **moved)]
     cells += [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in second]
     others = [modality for modality in MODALITIES if modality not in ("rgb", "cat")]
     cells += [Cell(STACK, modality, 0, is_optional=True) for modality in others]

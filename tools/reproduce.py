@@ -25,6 +25,7 @@ from typing import Any
 from vilma import config
 from vilma.evaluation import read_result
 from vilma.report import read_timings
+from vilma.tools._robosuite_show import show
 from vilma.tools._robosuite_table import CELLS, FIRST_SEED, Cell, Plan
 
 __all__ = ["code_commit", "main"]
@@ -40,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"--jobs is {options.jobs}, wanted at least 1")
     if options.trial and OUT in (options.out, options.work):
         raise ValueError("--trial makes figures that mean nothing: give it an --out of its own")
+    if options.show:
+        print(show(read_cells(options.out)), end="")
+        return 0
     plans = choose(options)
     if options.list:
         for plan in plans:
@@ -83,6 +87,12 @@ def read_cell(path: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is not a cell of the table ({error}); remove it") from error
+
+
+def read_cells(out: Path) -> dict[str, dict[str, Any]]:
+    """The figures of all finished cells, by name."""
+    made = {cell.name: read_cell(out / f"{cell.name}.json") for cell in CELLS}
+    return {name: figures for name, figures in made.items() if figures is not None}
 
 
 class Table:
@@ -343,6 +353,9 @@ def _parser() -> argparse.ArgumentParser:
         help="cells whose names match, e.g. 'lift_*_seed0'; default: all but the optional ones",
     )
     parser.add_argument("--list", action="store_true", help="print the cells and how far they are")
+    parser.add_argument(
+        "--show", action="store_true", help="print the finished cells as Markdown, with tests"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time, a core each")
     parser.add_argument(
         "--out", type=Path, default=OUT, metavar="DIR", help=f"finished cells (default: {OUT})"

@@ -188,3 +188,39 @@ def test_a_full_disk_is_named(tmp_path):
     assert process.returncode == 1
     assert "while writing" in errors and "safe" in errors and "Traceback" not in errors
     assert not path.exists() and not list(robomimic.parts_folder(path).glob("*"))
+
+
+def test_a_request_without_options_reads_as_it_always_did():
+    assert json.loads(SMALL.text()) == {
+        **{"task": "robosuite/Lift", "demos": 2, "cameras": ["agentview"], "size": 32, "placement": 0.12},
+        **{"seed": 3, "noise": 0.4, "perturbed": 2 / 3},
+    }
+    moved = dataclasses.replace(SMALL, environment={"camera_jitter": [0.1, 10], "distractors": 2})
+    assert json.loads(moved.text())["environment"] == {"camera_jitter": [0.1, 10], "distractors": 2}
+    assert moved.env_options() == {"placement": 0.12, "camera_jitter": [0.1, 10], "distractors": 2}
+    with pytest.raises(ValueError, match=r"--env.size, wanted --size"):
+        dataclasses.replace(SMALL, environment={"size": 64})
+
+
+def test_unknown_options_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "a.hdf5"), "--demo", "3"])
+    assert "--demo" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_options_of_the_environment_reach_it_and_are_recorded(tmp_path):
+    path = tmp_path / "demos.hdf5"
+    words = ["--task", "Lift", "--size", "32", "--cameras", "agentview", "--seed", "3", "--out", str(path)]
+    words += ["--demos", "2", "--env.placement", "0.12", "--env.camera_jitter", "[0.1, 10]"]
+    assert main([*words, "--env.distractors", "2"]) == 0
+    with h5py.File(path) as file:
+        asked = json.loads(file["data"].attrs["request"])
+        poses = [file[f"data/demo_{i}/obs/agentview_extrinsic"][:] for i in range(2)]
+        assert file["data/demo_0"].attrs["model_file"].count('name="distractor1_main"') == 1
+    assert asked["placement"] == 0.12
+    assert asked["environment"] == {"camera_jitter": [0.1, 10], "distractors": 2}
+    assert all(np.array_equal(pose, pose[:1].repeat(len(pose), 0)) for pose in poses), "still in an episode"
+    assert 0 < np.linalg.norm(poses[0][0, :3, 3] - poses[1][0, :3, 3]) < 0.2
+    with pytest.raises(ValueError, match="holds other demonstrations"):
+        main([*words, "--env.distractors", "3"])

@@ -21,6 +21,7 @@ import numpy as np
 from vilma.extras import require
 
 from .tasks import Task
+from .variations import MAX_DISTRACTORS, CameraMotion, place_distractors, with_distractors
 
 gymnasium = require("gymnasium", "robot")
 
@@ -62,6 +63,14 @@ class RobosuiteEnv(gymnasium.Env):
             at which nobody looks. ``reset`` renders all the same, unless its ``options={"render": False}``.
         model_seed: of what robosuite draws once for a model (the size of Lift's cube). Fixed, so that an
             episode is given by its seed alone.
+        camera_jitter: (metres, degrees) by which cameras that stand in the world (agentview) are moved at
+            most, anew in every episode: position and rotation vector uniform in balls of these radii, the
+            rotation about the camera's centre.
+        camera_shift: metres by which they are moved in every episode, in a random horizontal direction,
+            orientation unchanged: a tripod put down elsewhere.
+        distractors: cubes of random colours, never red or green, at random free places (table tasks only).
+
+    Neither of the last three changes what else an episode's seed draws. Poses, pictures and depth follow.
 
     Numbers may also come as text (YAML reads ``1e-1`` as such); another kind of value raises ValueError.
 
@@ -84,6 +93,9 @@ class RobosuiteEnv(gymnasium.Env):
         state_keys: tuple[str, ...] = STATE_KEYS,
         render_cameras: bool = True,
         model_seed: int = 0,
+        camera_jitter: tuple[float, float] = (0.0, 0.0),
+        camera_shift: float = 0.0,
+        distractors: int = 0,
     ) -> None:
         size, model_seed = _number("size", size, int), _number("model_seed", model_seed, int)
         if size < 1:
@@ -93,6 +105,10 @@ class RobosuiteEnv(gymnasium.Env):
             raise ValueError(f"got placement {placement}, wanted a half width in (0, 0.3] metres")
         if not isinstance(render_cameras, bool):
             raise ValueError(f"got render_cameras={render_cameras!r}, wanted true or false")
+        self._motion = _camera_motion(camera_jitter, camera_shift)
+        self.distractors = _number("distractors", distractors, int)
+        if not 0 <= self.distractors <= MAX_DISTRACTORS:
+            raise ValueError(f"got {distractors} distractors, wanted 0 to {MAX_DISTRACTORS}")
         self.task = task
         self.cameras = _names("cameras", cameras)
         self.size = size
@@ -118,7 +134,7 @@ class RobosuiteEnv(gymnasium.Env):
             "renderer": "mujoco",
         }
         try:
-            self._sim_env = suite.make(task.name.split("/")[1], seed=model_seed, **arguments)
+            self._sim_env = self._simulator_class(suite)(seed=model_seed, **arguments)
             if self.cameras:
                 self._set_up_rendering()
         except Exception as error:
@@ -130,6 +146,7 @@ class RobosuiteEnv(gymnasium.Env):
         self._check_cameras()
         if placement is not None:
             self._set_placement(placement)
+        self._still = {camera: self._camera_mount(camera) for camera in self._standing_cameras()}
         self._raw = self._sim_env._get_observations(force_update=True)
         self._build_spaces()
 
@@ -142,6 +159,10 @@ class RobosuiteEnv(gymnasium.Env):
             # The samplers hold this generator by reference: its state is replaced, not the object.
             sim_env.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
         self._raw = sim_env.reset()
+        if self._motion or self.distractors:
+            # The same seed gives gymnasium's generator and robosuite's the same numbers: one of them, hashed,
+            # gives this episode's other draws.
+            self._vary(int(self.np_random.integers(2**63)))
         self._steps = self._held = 0
         return self.observe(render=(options or {}).get("render", True)), {"success": False}
 
@@ -251,6 +272,36 @@ class RobosuiteEnv(gymnasium.Env):
             self.close()
         except Exception:
             pass
+
+    def _simulator_class(self, suite: Any) -> type:
+        name = self.task.name.split("/")[1]
+        known = importlib.import_module(f"{suite.__name__}.environments.base").REGISTERED_ENVS
+        return with_distractors(known[name], self.distractors) if self.distractors else known[name]
+
+    def _vary(self, episode: int) -> None:
+        """Move the standing cameras and place the distractors of an episode."""
+        model = self._sim_env.sim.model
+        for camera, (position, rotation) in self._still.items():
+            index = self._camera_id(camera)
+            position, rotation = self._motion.move(position, rotation, episode, camera)
+            model.cam_pos[index] = position
+            self._mujoco.mju_mat2Quat(model.cam_quat[index], rotation.flatten())
+        if self.distractors:
+            place_distractors(self._sim_env, episode)
+        self._sim_env.sim.forward()
+        self._raw = self._sim_env._get_observations(force_update=True)
+
+    def _standing_cameras(self) -> list[str]:
+        """Those of the cameras that are fixed in the world, not on the robot."""
+        bodies = self._sim_env.sim.model.cam_bodyid
+        return [camera for camera in self.cameras if bodies[self._camera_id(camera)] == 0]
+
+    def _camera_mount(self, camera: str) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) and rotation (3, 3) of a camera in the body that carries it, MuJoCo's axes."""
+        model, index = self._sim_env.sim.model, self._camera_id(camera)
+        rotation = np.zeros(9)
+        self._mujoco.mju_quat2Mat(rotation, model.cam_quat[index])
+        return model.cam_pos[index].copy(), rotation.reshape(3, 3)
 
     def _advance(self, action: np.ndarray) -> float:
         action = np.asarray(action, np.float64)
@@ -387,6 +438,20 @@ def _number(name: str, value: Any, kind: type) -> Any:
         wanted = "a whole number" if kind is int else "a number"
         raise ValueError(f"got {name}={value!r}, wanted {wanted}")
     return number
+
+
+def _camera_motion(jitter: Any, shift: Any) -> CameraMotion:
+    if not isinstance(jitter, (tuple, list)) or len(jitter) != 2:
+        raise ValueError(f"got camera_jitter={jitter!r}, wanted two numbers, metres and degrees: [0.1, 10]")
+    metres, degrees = (_number("camera_jitter", part, float) for part in jitter)
+    if not (0 <= metres <= 0.5 and 0 <= degrees <= 45):
+        raise ValueError(
+            f"got camera_jitter={jitter!r}, wanted metres from 0 to 0.5 and degrees from 0 to 45"
+        )
+    shift = _number("camera_shift", shift, float)
+    if not 0 <= shift <= 0.5:
+        raise ValueError(f"got camera_shift={shift}, wanted 0 to 0.5 metres")
+    return CameraMotion((metres, degrees), shift)
 
 
 def _names(option: str, values: Any) -> tuple[str, ...]:
