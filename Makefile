@@ -15,7 +15,7 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean show-house show-mlstm bench test-timm show-vil show-rnn
+.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -83,6 +83,10 @@ show-vil: setup
 show-rnn: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-rnn
 
+show-pointmap: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-pointmap
+
 bench: setup
 	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm
 	OMP_NUM_THREADS=1 $(VILMA) bench-vil
+	OMP_NUM_THREADS=1 $(VILMA) bench-policy
