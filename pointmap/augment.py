@@ -28,8 +28,9 @@ class AugmentConfig:
     this, at most 0.5. Pictures only.
 
     frame_translation, frame_rotation: metres and degrees by which the reference frame is displaced, the same
-    for all cameras of a sample, about ``frame_pivot`` (a miscalibrated base). `frame_jitter` gives the
-    transform for whatever else is written in that frame.
+    for all cameras of a sample, about ``frame_pivot``. ``frame_axes`` are the shares of the translation along
+    x, y and z: (1, 1, 0) keeps the heights. `frame_jitter` gives the transform for whatever else is written
+    in that frame.
 
     camera_translation, camera_rotation: metres and degrees by which a camera is moved, one draw a camera and
     sample; the picture and its depth are rendered anew from there (`repose`). repose_probability: of a sample
@@ -49,6 +50,7 @@ class AugmentConfig:
     frame_translation: float = 0.0
     frame_rotation: float = 0.0
     frame_pivot: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    frame_axes: tuple[float, float, float] = (1.0, 1.0, 1.0)
     camera_translation: float = 0.0
     camera_rotation: float = 0.0
     repose_probability: float = 1.0
@@ -62,6 +64,8 @@ class AugmentConfig:
         for name, most in limits.items():
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie between 0 and {most:g}, got {getattr(self, name)}")
+        if not all(0 <= share <= 1 for share in self.frame_axes):
+            raise ValueError(f"frame_axes are shares between 0 and 1, got {list(self.frame_axes)}")
         if any(pixels < 0 for pixels in self.camera_shift.values()):
             raise ValueError(f"camera_shift counts pixels and cannot be negative, got {self.camera_shift}")
         if self.crop is not None and min(self.crop) < 1:
@@ -73,7 +77,7 @@ class AugmentConfig:
 
     @property
     def moves_frame(self) -> bool:
-        return self.frame_translation > 0 or self.frame_rotation > 0
+        return (self.frame_translation > 0 and any(self.frame_axes)) or self.frame_rotation > 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +164,7 @@ def sample_seeds(seed: int, *numbers: int | Tensor) -> Tensor:
 def frame_jitter(config: AugmentConfig, seeds: Tensor) -> Tensor:
     """(N, 4, 4) float32: what `augment_view` applies to the reference frame of these samples."""
     motion = _small_motion(seeds, "frame", config.frame_translation, config.frame_rotation)
+    motion[:, :3, 3] *= torch.tensor(config.frame_axes, device=seeds.device)
     pivot = torch.tensor(config.frame_pivot, device=seeds.device)
     motion[:, :3, 3] += pivot - (motion[:, :3, :3] * pivot).sum(-1)
     return motion

@@ -55,12 +55,12 @@ def pooled(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def compare(setting: Setting, made: Figures) -> list[tuple[str, str, int, int, float, float]]:
-    """Pairs of modalities on the same episodes, the training seeds that both have pooled.
+    """Pairs of rows (modality and training) on the same episodes, the training seeds that both have pooled.
 
     Each is (first, second, episodes that only the first won, only the second, p, p adjusted by Holm for the
     pairs of this setting), the better one first.
     """
-    rows = _by_modality(setting, made)
+    rows = _by_row(setting, made)
     pairs = []
     for one, other in itertools.combinations(rows, 2):
         common = sorted(set(rows[one]) & set(rows[other]))
@@ -85,11 +85,11 @@ def camera_shift(made: Figures, centimetres: int) -> dict[str, dict[str, float]]
     return lost
 
 
-def _by_modality(setting: Setting, made: Figures) -> dict[str, dict[int, Mapping[str, Any]]]:
+def _by_row(setting: Setting, made: Figures) -> dict[str, dict[int, Mapping[str, Any]]]:
     rows: dict[str, dict[int, Mapping[str, Any]]] = {}
     for cell in CELLS:
         if cell.setting is setting and cell.name in made:
-            rows.setdefault(cell.modality, {})[cell.seed] = made[cell.name]
+            rows.setdefault(cell.row, {})[cell.seed] = made[cell.name]
     return rows
 
 
@@ -110,11 +110,11 @@ def _modality_table(setting: Setting, made: Figures) -> str:
     seeds = sorted({cell.seed for cell in cells})
     columns = ["modality", *(f"seed {seed}" for seed in seeds), *(["together"] if len(seeds) > 1 else [])]
     lines = [columns, ["---"] * len(columns)]
-    for modality in dict.fromkeys(cell.modality for cell in cells):
-        row = {cell.seed: made.get(cell.name) for cell in cells if cell.modality == modality}
+    for name in dict.fromkeys(cell.row for cell in cells):
+        row = {cell.seed: made.get(cell.name) for cell in cells if cell.row == name}
         there = [figures for figures in row.values() if figures]
         together = [pooled(there) if len(there) == len(seeds) else "not run"] if len(seeds) > 1 else []
-        lines.append([modality, *(pooled([row[s]]) if row.get(s) else "not run" for s in seeds), *together])
+        lines.append([name, *(pooled([row[s]]) if row.get(s) else "not run" for s in seeds), *together])
     text = f"{head}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return text + _differences(compare(setting, made))
 

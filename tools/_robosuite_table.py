@@ -60,6 +60,11 @@ class Cell:
         return f"{self.setting.name}_{self.modality}{variant}_seed{self.seed}"
 
     @property
+    def row(self) -> str:
+        """What the table calls this way of training."""
+        return f"{self.modality}, {VARIANTS[self.variant]}" if self.variant else self.modality
+
+    @property
     def name(self) -> str:
         return f"{self.run}_{self.moved}" if self.moved else self.run
 
@@ -181,14 +186,31 @@ SHIFT = Setting(
 )
 REPOSED = {"augment": {"camera_translation": 0.12, "camera_rotation": 5.0, "repose_probability": 0.8}}
 
+# Points can be written in a displaced frame, with the state's position (actions are displacements, which stay
+# what they are): a cube somewhere else for nothing, which images cannot have. Theirs is a shift of pixels.
+DISPLACED = {
+    "augment": {"frame_translation": 0.1, "frame_axes": [1.0, 1.0, 0.0]},
+    "frame_state": {"position": [0]},
+    "frame_action": {},
+}
+SHIFTED = {"shift": {"agentview": 4, "robot0_eye_in_hand": 4}}
+VARIANTS = {"displaced": "frame displaced", "shifted": "pixels shifted", "reposed": "views re-posed"}
+
 MODALITIES = ("rgb", "depth", "xyz", "6ch", "add", "cat", "dp3")
 
 
 def _cells() -> tuple[Cell, ...]:
     first, second, three = ("rgb", "xyz", "cat", "dp3"), ("depth", "6ch", "add"), ("rgb", "xyz", "cat")
-    cells = [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in first]
+    displaced = {"variant": "displaced", "changes": DISPLACED}
+    cells = []
+    for seed in (0, 1):
+        cells += [Cell(LIFT, modality, seed) for modality in first]
+        cells += [Cell(LIFT, modality, seed, **displaced) for modality in ("xyz", "cat", "dp3")]
+    cells += [Cell(LIFT, "rgb", seed, variant="shifted", changes=SHIFTED) for seed in (0, 1)]
     cells += [Cell(STACK, modality, 0) for modality in ("rgb", "cat")]
+    cells += [Cell(STACK, "cat", 0, **displaced)]
     cells += [Cell(MOVED, modality, 0) for modality in three]
+    cells += [Cell(MOVED, modality, 0, **displaced) for modality in ("xyz", "cat")]
     # All trainings before the evaluations that share them.
     for centimetres in (0, 5, 10):
         moved = {"moved": f"{centimetres}cm", "environment": {"camera_shift": centimetres / 100}}

@@ -83,9 +83,7 @@ def table_lines() -> Iterator[Line]:
 def setting_line(setting: Setting, modalities: Sequence[str], made: Mapping[str, Any]) -> Line:
     cells = [c for c in CELLS if c.setting is setting and c.modality in modalities]
     figures = [
-        f"{c.modality} {made[c.name]['successes']}/{made[c.name]['episodes']}"
-        for c in cells
-        if c.name in made
+        f"{c.row} {made[c.name]['successes']}/{made[c.name]['episodes']}" for c in cells if c.name in made
     ]
     missing = [c.name for c in cells if c.name not in made]
     text = ", ".join(figures) + (f"; missing: {', '.join(missing)}" if missing else "")

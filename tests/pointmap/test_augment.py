@@ -235,6 +235,18 @@ def test_frame_jitter_moves_all_cameras_rigidly_and_alike():
         torch.testing.assert_close(actual.points, expected.points, atol=1e-6, rtol=0)
 
 
+def test_frame_axes_keep_the_heights():
+    config = AugmentConfig(frame_translation=0.05, frame_axes=(1, 0.5, 0))
+    seeds = sample_seeds(3, torch.arange(200))
+    free = frame_jitter(replace(config, frame_axes=(1, 1, 1)), seeds)[:, :3, 3]
+    moved = frame_jitter(config, seeds)[:, :3, 3]
+    torch.testing.assert_close(moved, free * torch.tensor([1, 0.5, 0]))
+    assert (
+        free[:, 2].abs().max() > 0.03
+        and not AugmentConfig(frame_translation=1, frame_axes=(0, 0, 0)).moves_frame
+    )
+
+
 def test_identity_repose_changes_nothing():
     view = points_as_colors()
     rgb, depth, camera = repose(view.rgb, view.depth, view.camera, view.camera.pose)
@@ -415,6 +427,7 @@ def test_config_comes_from_yaml(tmp_path):
         ),
         (lambda: AugmentConfig(shift=-1), "shift must lie"),
         (lambda: AugmentConfig(camera_shift={"a": -1}), "cannot be negative"),
+        (lambda: AugmentConfig(frame_axes=(1, -1, 0)), "shares between 0 and 1"),
         (lambda: AugmentConfig(crop=(0, 4)), "at least 1 x 1"),
         (View, "rgb or depth"),
         (lambda: View(depth=torch.ones(2, 4, 4)), "belong together"),
