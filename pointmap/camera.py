@@ -78,12 +78,13 @@ class Camera:
         principal: "half" c = (W/2, H/2) with centres at +0.5 (MuJoCo, exact); "center" c = ((W-1)/2, (H-1)/2)
         with centres at 0, the same rays; "intdiv" c = (W//2, H//2) with centres at 0 (CALVIN as published,
         half a pixel off). ``pixel_center`` overrides the centre that goes with the name; ``pose`` defaults to
-        the identity.
+        the identity, ``dtype`` to that of ``pose``, float64 for Python's numbers: a point map has that of its
+        depth all the same.
         """
         if principal not in _PRINCIPAL:
             raise ValueError(f"principal must be one of {', '.join(_PRINCIPAL)}, got {principal!r}")
         height, width = size = _image_size(size)
-        pose = as_tensor(torch.eye(4, dtype=dtype) if pose is None else pose, dtype)
+        pose = as_tensor(torch.eye(4, dtype=torch.float64) if pose is None else pose, dtype)
         fovy = torch.as_tensor(fovy, dtype=torch.float64)
         angle = torch.deg2rad(fovy) if degrees else fovy
         if not bool(((angle > 0) & (angle < math.pi)).all()):
@@ -348,7 +349,7 @@ def as_tensor(values: Values, dtype: torch.dtype | None = None) -> Tensor:
     if isinstance(values, np.ndarray):
         values = torch.from_numpy(values.copy())  # simulators hand out views of buffers that they overwrite
     elif not isinstance(values, Tensor):
-        values = torch.from_numpy(np.asarray(values, dtype=np.float32))
+        values = torch.from_numpy(np.asarray(values, dtype=np.float64))  # as exact as they were written
     tensor = values if dtype is None else values.to(dtype)
     return tensor if tensor.is_floating_point() else tensor.float()
 
