@@ -11,7 +11,7 @@ from typing import Any
 
 from .checkpoint import replace_text
 
-__all__ = ["Display", "MetricsFile", "TensorBoard", "Window"]
+__all__ = ["Display", "MetricsFile", "TensorBoard", "WeightsAndBiases", "Window"]
 
 
 class Window:
@@ -113,6 +113,48 @@ class TensorBoard:
         except (OSError, RuntimeError, ValueError) as error:
             self._writer = None
             self._say(f"TensorBoard logging stopped: {error}; metrics.jsonl goes on")
+
+
+class WeightsAndBiases:
+    """Metrics to a project of Weights & Biases; says once why when it cannot, and never stops a run.
+
+    The run's name there is kept in ``wandb_id.txt``, so that a resumed run goes on in the same place.
+    """
+
+    def __init__(self, project: str, run_dir: Path, description: Mapping[str, Any], say: Any):
+        self._run, self._say = None, say
+        try:
+            import wandb
+        except ImportError:
+            say("no Weights & Biases log: its package is absent (pip install wandb); see metrics.jsonl")
+            return
+        kept = run_dir / "wandb_id.txt"
+        if not kept.is_file():
+            replace_text(kept, wandb.util.generate_id())
+        options = {"id": kept.read_text().strip(), "resume": "allow", "config": dict(description)}
+        self._try(lambda: self._open(wandb, project=project, name=run_dir.name, dir=str(run_dir), **options))
+
+    def _open(self, wandb: Any, **options: Any) -> None:
+        self._run = wandb.init(**options)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if self._run is not None:
+            values = {k: v for k, v in record.items() if k != "step"}
+            self._try(lambda: self._run.log(values, step=record["step"]))
+
+    def sync(self) -> None:
+        """It sends by itself."""
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._try(self._run.finish)
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # the service's own errors have no common class
+            self._run = None
+            self._say(f"Weights & Biases logging stopped: {error}; metrics.jsonl goes on")
 
 
 class Display:

@@ -25,7 +25,7 @@ from .checkpoint import CheckpointError, Checkpoints, load_weights, save_weights
 from .diagnosis import NonFiniteError, describe_idle, describe_nonfinite
 from .interrupt import deferred_interrupt
 from .ledger import Clock, Ledger, read_state
-from .metrics import Display, MetricsFile, TensorBoard
+from .metrics import Display, MetricsFile, TensorBoard, WeightsAndBiases
 from .optim import OptimConfig, build_optimizer
 from .rundir import check_config, locked, write_config
 from .sampling import STEP, SampleStream, derive_seed, make_loader, sample_seeds, seed_all
@@ -38,7 +38,7 @@ __all__ = ["MAY_CHANGE", "Trained", "Trainer", "TrainerConfig", "find_trained"]
 MAY_CHANGE = tuple(
     f"train.{name}"
     for name in (
-        *("log_every", "checkpoint_every", "keep", "num_workers", "threads", "tensorboard"),
+        *("log_every", "checkpoint_every", "keep", "num_workers", "threads", "tensorboard", "wandb"),
         *("sharding", "sync_batchnorm", "compile", "channels_last"),
     )
 )
@@ -61,6 +61,7 @@ class TrainerConfig:
         sharding: with several processes, ``none`` keeps the whole model in each (DDP), ``fsdp2`` shards
             weights, gradients, moments and the average over them (`distributed.distribute`).
         sync_batchnorm: with several processes on accelerators, batch norms see the samples of all of them.
+        wandb: project of Weights & Biases to log to as well; none does not.
         compile: backend of torch.compile (``inductor``), none to run eagerly; shards compile block by block.
         channels_last: weights of convolutions have their channels innermost, as tensor cores read them.
     """
@@ -77,6 +78,7 @@ class TrainerConfig:
     checkpoint_every: int = 500
     keep: int = 2
     tensorboard: bool = True
+    wandb: str | None = None
     sharding: Literal["none", "fsdp2"] = "none"
     sync_batchnorm: bool = True
     compile: str | None = None
@@ -150,8 +152,9 @@ class Trainer:
         dataset: map-style; ``__getitems__`` is used where it exists.
         collate: samples (or what ``__getitems__`` returned) -> batch.
         save: ``save(model, folder)``; the model is the averaged one if EMA is on, here and in ``score``.
-        score: ``score(model, step)`` before each checkpoint; ``checkpoints/best`` has the highest. Without
-            it, best has the lowest training loss, averaged from one checkpoint to the next.
+        score: ``score(model, step)`` before each checkpoint; ``checkpoints/best`` has the highest. It may
+            return a mapping with ``score`` in it, which is logged. Without it, best has the lowest training
+            loss, averaged from one checkpoint to the next.
         on_step: called with (finished updates, values of the update).
         describe: the whole configuration, a dataclass or plain values: ``config.yaml``, compared on resume.
         may_change: dotted fields of ``describe`` that may differ on resume, besides `MAY_CHANGE`.
@@ -169,7 +172,7 @@ class Trainer:
         ema: EmaConfig | None = None,
         collate: Callable[[Any], Any] | None = None,
         save: Callable[[nn.Module, Path], None] | None = None,
-        score: Callable[[nn.Module, int], float] | None = None,
+        score: Callable[[nn.Module, int], float | Mapping[str, float]] | None = None,
         on_step: Callable[[int, Mapping[str, float]], None] | None = None,
         describe: Any = None,
         may_change: Collection[str] = (),
@@ -367,6 +370,8 @@ class Trainer:
             sinks.append(MetricsFile(self.run_dir / "metrics.jsonl", run.ledger.step))
             if self.config.tensorboard:
                 sinks.append(TensorBoard(self.run_dir / "tb", run.ledger.step, display.say))
+            if self.config.wandb:
+                sinks.append(WeightsAndBiases(self.config.wandb, self.run_dir, self.description, display.say))
         try:
             yield sinks
         finally:
@@ -453,8 +458,11 @@ class Trainer:
         if regular:
             score = -ledger.interval.means()["loss"]
             if self.score is not None:
-                score = self._score(accelerator, ledger.step)
+                record = self._score(accelerator, ledger.step)
                 run.model.train()
+                score = record["score"]
+                for sink in sinks if len(record) > 1 else ():
+                    sink.write({"step": ledger.step, **record})
             improved = score > ledger.best["score"]
             if improved:
                 ledger.best = {"step": ledger.step, "score": score}
@@ -473,15 +481,15 @@ class Trainer:
             self.checkpoints.save(ledger.step, write, best=improved)
         accelerator.wait_for_everyone()
 
-    def _score(self, accelerator: Any, step: int) -> float:
-        """``score`` of the final model, in evaluation mode and on the device; every process calls it."""
+    def _score(self, accelerator: Any, step: int) -> dict[str, float]:
+        """``score`` and what comes with it of the final model, in evaluation mode; every process calls it."""
         model = self.final_model
         home = next(model.parameters()).device
         # Parameters agree already; batch statistics may be those of each process.
         distributed.broadcast(model.buffers(), accelerator)
-        score = float(self.score(model.to(accelerator.device).eval(), step))
+        score = self.score(model.to(accelerator.device).eval(), step)
         model.to(home)
-        return score
+        return dict(score) if isinstance(score, Mapping) else {"score": float(score)}
 
 
 @dataclass
