@@ -10,14 +10,21 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from .tasks import TASKS, Task, find_task
+from .tasks import TASKS, Task, find_task, find_tasks
 
 if TYPE_CHECKING:
     import gymnasium
 
-__all__ = ["Task", "find_task", "make", "tasks"]
+__all__ = ["Task", "find_task", "find_tasks", "make", "scripted_policy", "tasks"]
 
-_SUITES = {"robosuite": "RobosuiteEnv"}
+# Suite -> its module and the class in it.
+_SUITES = {
+    "robosuite": ("robosuite", "RobosuiteEnv"),
+    "metaworld": ("metaworld", "MetaWorldEnv"),
+    "robocasa": ("robocasa", "RoboCasaEnv"),
+    "robocasa365": ("robocasa", "RoboCasaEnv"),
+    "libero": ("libero", "LiberoEnv"),
+}
 
 # What `make` gives to a suite's class itself.
 _OWN = ("task", "cameras", "size", "seed")
@@ -45,11 +52,21 @@ def make(
     OpenGL.
     """
     task = find_task(name)
-    module = importlib.import_module(f"{__name__}.{task.suite}")
-    environment = getattr(module, _SUITES[task.suite])
+    module, environment = _SUITES[task.suite]
+    environment = getattr(importlib.import_module(f"{__name__}.{module}"), environment)
     _check_options(task, environment, options)
     chosen = task.cameras if cameras is None else cameras
     return environment(task, cameras=chosen, size=size, seed=seed, **options)
+
+
+def scripted_policy(name: str) -> Any:
+    """A scripted policy for the runner (see ``vilma.evaluation.RolloutPolicy``), which acts on the simulator's
+    state: MetaWorld has one for each task. ValueError where there is none.
+    """
+    task = find_task(name)
+    if task.suite != "metaworld":
+        raise ValueError(f"no scripted policy for {name}; MetaWorld's tasks have one")
+    return importlib.import_module(f"{__name__}.metaworld").ScriptedPolicy(task)
 
 
 def _check_options(task: Task, environment: type, options: dict[str, Any]) -> None:
