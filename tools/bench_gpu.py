@@ -9,6 +9,7 @@ models): from a checkout, `PYTHONPATH=. python tools/bench_gpu.py` does it. Peer
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -38,9 +39,9 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 3e-3}
 EXTREME = 2e-4  # float32 with gates of +-30
 LOOSER = {"dm0": 2, "dn0": 2}  # sums over all features that cancel, of rounded products
 RNN_BFLOAT16 = 2e-2  # h is rounded to bfloat16 at every step
-BYTES_PER_SECOND, FLOPS = 3.0e12, 790e12  # an H100's: the floors of every table
-SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "vil", "rnn", "peers")
-PEERS = ("mlstm-kernels", "flash-linear-attention", "flashrnn", "timm")
+BYTES_PER_SECOND = 3.0e12  # an H100's, of every floor; what the device itself copies stands in the JSON file
+SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "rnn", "vil", "policy", "peers", "compiled")
+PEERS = ("mlstm-kernels", "flash-linear-attention", "flashrnn", "mamba-ssm", "timm")
 TOKENS = 65_536
 
 
@@ -89,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.shard:
         return check_shard(*map(int, options.shard.split("/")), run)
     facts = describe(device, PEERS) | {"commit": source_commit(), "dry_run": options.dry_run}
+    if device.type == "cuda":
+        facts["copy_terabytes_per_second"] = round(copy_rate(device) / 1e12, 2)
     print(json.dumps(facts), flush=True)
     wrong = 0
     if "check" in options.sections:
@@ -110,6 +113,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         print(f"{wrong} checks are red: nothing was timed")
     return 1 if wrong else 0
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy of 4 GiB on the device."""
+    source = torch.empty(2**32, dtype=torch.uint8, device=device).random_(0, 256)
+    target = torch.empty_like(source)
+    copied = interleave({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
+    return 2 * source.numel() / copied.seconds
 
 
 # Checks. A case is what mlstm or rnn is called with, as JSON, so that it can be named and run again.
@@ -395,12 +406,35 @@ def bench_tfla(run: Run) -> None:
 
 
 def bench_peers(run: Run) -> None:
-    """mlstm-kernels, last: it compiles anew for every length, minutes at some head sizes."""
-    shapes = {"ViL-S 224, batch 256": (256, 4, 196, 192, 192), "TFLA 8192": (8, 8, 8192, 256, 512)}
+    """mlstm-kernels, which compiles anew for every length, minutes at some head sizes; Mamba2 likewise."""
+    shapes = {
+        "ViL-S 224, batch 256": (256, 4, 196, 192, 192),
+        "TFLA 8192": (8, 8, 8192, 256, 512),
+        "TFLA 2048": (32, 8, 2048, 256, 512),
+        "heads of 128, 512": (64, 8, 512, 128, 128),
+    }
     for name, sizes in shapes.items():
         if not run.toy and run.left(f"peers {name}", 90):
             shape = bench_mlstm.Shape(name, *sizes)
-            bench_mlstm_shape(run, "peers", shape, _mlstm_contenders(run, shape, kernels=True))
+            contenders = _mlstm_contenders(run, shape, kernels=True)
+            if name == "TFLA 8192":
+                contenders += _mamba2(run, shape)
+            bench_mlstm_shape(run, "peers", shape, contenders)
+
+
+def _mamba2(run: Run, shape: bench_mlstm.Shape) -> Iterator[Contender]:
+    """Mamba2's scan at its own usual sizes and the same width of values: heads of 64, states of 128."""
+    try:
+        scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    except Exception:  # not installed, or broken
+        return
+    heads, random = shape.heads * shape.dim_v // 64, functools.partial(torch.randn, device=run.device)
+    x = random(shape.batch, shape.steps, heads, 64, dtype=torch.bfloat16)
+    dt = F.softplus(random(shape.batch, shape.steps, heads) - 4)
+    b, c = (random(shape.batch, shape.steps, 1, 128, dtype=torch.bfloat16) for _ in range(2))
+    given = [y.requires_grad_() for y in (x, dt, -torch.rand(heads, device=run.device) - 1, b, c)]
+    name = f"Mamba2 scan, {heads} heads of 64, states of 128"
+    yield Contender(name, lambda: scan(*given, chunk_size=256), given)
 
 
 def bench_step(run: Run) -> None:
@@ -464,21 +498,21 @@ def _flashrnn(batch: int, steps: int, heads: int, dim: int, device: torch.device
         yield Contender(f"flashrnn {cell}", lambda call=call: call()[0], (wx, r, b))
 
 
-def bench_vil(run: Run) -> None:
+def bench_vil(run: Run, compiled: bool = False) -> None:
     """ViL2 beside DeiT with flash attention, bfloat16, batch 256."""
     import vilma.vil  # noqa: F401 - registers the family
 
-    sizes = {"tiny": (224, 448), "small": (224, 448), "base": (224,)}
-    for compiled, (size, resolutions) in itertools.product((False, True), sizes.items()):
+    sizes = {"tiny": (224, 448), "small": (224, 448), "base": (224, 448)}
+    for size, resolutions in sizes.items():
         for resolution in resolutions:
             if run.toy and (compiled or size != "tiny" or resolution != 224):
                 continue
-            if compiled and (size, resolution) != ("tiny", 224):
+            if compiled and resolution != 224:
                 continue
             what = f"{size} {resolution}{', compiled' if compiled else ''}"
-            if not run.left(f"vil {what}", 100 if compiled else 25):
+            if not run.left(f"vil {what}", 100 if compiled else 25):  # compiling takes most of it
                 continue
-            batch = 1 if run.toy else 256 if resolution == 224 else 64
+            batch = 1 if run.toy else 64 if (size, resolution) == ("base", 448) else 256
             results = {}
             for name in (f"vil2_{size}_patch16_224", f"deit_{size}_patch16_224"):
                 results |= _model(run, name, resolution, batch, compiled)
@@ -501,6 +535,32 @@ def _model(run: Run, name: str, resolution: int, batch: int, compiled: bool) -> 
     labels = torch.zeros(batch, dtype=torch.long, device=run.device)
     loss = Contender(name, lambda: F.cross_entropy(call(images).float(), labels), list(model.parameters()))
     return measure([loss], device=run.device, rounds=2 if run.toy else 8)
+
+
+def bench_policy(run: Run) -> None:
+    """PointMapPolicy: latency of a whole chunk at batch 1, and training of the CALVIN model at batch 128."""
+    from vilma.tools import _gpu_policy
+
+    for recipe in _gpu_policy.RECIPES:
+        if run.left(f"policy {recipe}", 20):
+            run.add(
+                "policy", f"chunk, {recipe}", **_gpu_policy.chunk_latency(recipe, run.device, toy=run.toy)
+            )
+    if run.left("policy training", 25):
+        batch = 2 if run.toy else 128
+        figures = _gpu_policy.training("CALVIN cat", run.device, batch, toy=run.toy)
+        run.add("policy", "training, CALVIN cat", **figures)
+
+
+def bench_compiled(run: Run) -> None:
+    """Models through torch.compile, last: compiling takes minutes."""
+    from vilma.tools import _gpu_policy
+
+    for recipe in _gpu_policy.RECIPES:
+        if run.left(f"compiled policy {recipe}", 120):
+            figures = _gpu_policy.chunk_latency(recipe, run.device, toy=run.toy, compiled=True)
+            run.add("compiled", f"chunk, {recipe}", **figures)
+    bench_vil(run, compiled=True)
 
 
 def bench_graphs(run: Run) -> None:
@@ -564,7 +624,9 @@ BENCHES: dict[str, Callable[[Run], None]] = {
     "rnn": bench_rnn,
     "vil": bench_vil,
     "graphs": bench_graphs,
+    "policy": bench_policy,
     "peers": bench_peers,
+    "compiled": bench_compiled,
 }
 
 

@@ -45,7 +45,12 @@ def record_time(run_dir: str | Path, phase: str, seconds: float, command: str | 
 
 
 def source_commit() -> str:
-    """The commit of the running checkout, " with changes" behind it if it has any; else what is known."""
+    """The commit of the running checkout, " with changes" behind it if it has any; else what is known.
+
+    The environment variable ``VILMA_COMMIT`` names it where the files were copied without their history.
+    """
+    if named := os.environ.get("VILMA_COMMIT"):
+        return named
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
