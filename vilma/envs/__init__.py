@@ -60,8 +60,9 @@ def make(
 
 
 def scripted_policy(name: str) -> Any:
-    """A scripted policy for the runner (see ``vilma.evaluation.RolloutPolicy``), which acts on the simulator's
-    state: MetaWorld has one for each task. ValueError where there is none.
+    """A scripted policy for the runner, which acts on the simulator's state: MetaWorld has one for each task.
+
+    Raises ValueError where there is none.
     """
     task = find_task(name)
     if task.suite != "metaworld":

@@ -1,8 +1,8 @@
 """What the tasks of the outside suites are called, how long they take and how they are grouped: data only.
 
-RoboCasa has two registries. 0.1 and 0.2 call their tasks PnPCounterToCab, ...; 1.0 (RoboCasa365) renamed many,
-changed the horizons of most and added others, so it is a suite of its own here: an ``OpenDrawer`` of 0.2 and
-one of 1.0 are different benchmarks.
+RoboCasa has two registries. 0.1 and 0.2 call their tasks PnPCounterToCab, ...; 1.0 (RoboCasa365) renamed
+many, changed the horizons of most and added others, so it is a suite of its own here: an ``OpenDrawer`` of
+0.2 and one of 1.0 are different benchmarks.
 """
 
 __all__ = [
@@ -136,7 +136,7 @@ ROBOCASA_RENAMED = {
     "CoffeePressButton": "StartCoffeeMachine",
 }
 
-# (layout, style) of the five kitchens in which RoboCasa 0.1 and 0.2 evaluate; demonstrations have none of them.
+# (layout, style) of the five kitchens in which RoboCasa 0.1 and 0.2 evaluate.
 ROBOCASA_SCENES = ((1, 1), (2, 2), (4, 4), (6, 9), (7, 10))
 
 # Tasks of each LIBERO suite; a task is its number in the suite.
