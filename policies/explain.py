@@ -81,8 +81,8 @@ def grad_cam(
 
 
 def _loss(policy: PointMapPolicy, batch: Mapping[str, Any], draws: int) -> Tensor:
-    action = policy.action_normalizer.normalize(batch["action"].float())
-    mask = ~batch["action_is_pad"] if "action_is_pad" in batch else None
+    action, mask = policy.targets(batch)
+    action = policy.action_normalizer.normalize(action)
     context = policy.encode(batch)
     context, action = (x.repeat_interleave(draws, 0) for x in (context, action))
     mask = None if mask is None else mask.repeat_interleave(draws, 0)

@@ -129,11 +129,7 @@ class PointMapPolicy(Policy):
         c = self.config
         self._check_present(batch)
         self._look_at_geometry(batch)
-        action = batch["action"].float()
-        if action.shape[1:] != (c.horizon, c.action_dim):
-            raise ValueError(
-                f"action must have shape (B, {c.horizon}, {c.action_dim}), got {tuple(action.shape)}"
-            )
+        action, mask = self.targets(batch)
         seeds = self.views.draw(len(action), action.device, batch.get("seed"))
         if seeds is not None and self.training and c.augment.moves_frame:
             motion = frame_jitter(c.augment, seeds)
@@ -142,15 +138,29 @@ class PointMapPolicy(Policy):
                 state = batch["observation.state"].float()
                 batch = {**batch, "observation.state": framed.moved(state, c.frame_state, motion)}
         action = self.action_normalizer.normalize(action)
-        mask = None
-        if "action_is_pad" in batch and not c.loss_on_padding:
-            mask = ~batch["action_is_pad"]
         context = self.context(batch, self.text(batch["task"]), seeds)
         if c.noise_draws > 1 and self.head.takes_noise:
             context, action = (x.repeat_interleave(c.noise_draws, 0) for x in (context, action))
             mask = None if mask is None else mask.repeat_interleave(c.noise_draws, 0)
         loss = self.head.loss(lambda x, s: self.denoiser(x, s, context), action, mask)
         return loss, {"loss": loss.detach()}
+
+    def targets(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The checked actions (B, H, A) of a batch in their own units, and where they count in the loss,
+        (B, H) bool; None: everywhere."""
+        c, count = self.config, len(batch["task"])
+        if "action" not in batch:
+            raise ValueError(f"the batch lacks action; it has {', '.join(sorted(batch))}")
+        action = batch["action"].float()
+        if action.shape != (count, c.horizon, c.action_dim):
+            wanted = (count, c.horizon, c.action_dim)
+            raise ValueError(f"action must have shape {wanted}, got {tuple(action.shape)}")
+        if "action_is_pad" not in batch or c.loss_on_padding:
+            return action, None
+        is_pad = batch["action_is_pad"]
+        if is_pad.shape != (count, c.horizon):
+            raise ValueError(f"action_is_pad must have shape {(count, c.horizon)}, got {tuple(is_pad.shape)}")
+        return action, ~is_pad.bool()
 
     def predict_chunk(
         self, obs: Mapping[str, Any], generators: Sequence[torch.Generator] | None = None
@@ -287,3 +297,5 @@ class PointMapPolicy(Policy):
         absent = [key for key in (*self.observation_keys, "task") if key not in obs]
         if absent:
             raise ValueError(f"the observation lacks {', '.join(absent)}; it has {', '.join(sorted(obs))}")
+        if isinstance(obs["task"], str):
+            raise ValueError(f"task must be a list of B strings, got the single string {obs['task']!r}")

@@ -7,7 +7,8 @@ B rows (environments), To observation steps, H chunk length, A action size. Keys
 import importlib
 import json
 import os
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +22,13 @@ from vilma import config as configs
 
 WEIGHTS, CONFIG, STATISTICS = "model.safetensors", "config.yaml", "stats.json"
 
-# The axes of an observation without time, by the start of its key.
+# The axes of one observation, by the start of its key.
 _AXES = {
-    "observation.images.": ("B", "3", "H", "W"),
-    "observation.depth.": ("B", "H", "W"),
-    "observation.intrinsics.": ("B", "3", "3"),
-    "observation.pose.": ("B", "4", "4"),
-    "observation.state": ("B", "S"),
+    "observation.images.": ("3", "H", "W"),
+    "observation.depth.": ("H", "W"),
+    "observation.intrinsics.": ("3", "3"),
+    "observation.pose.": ("4", "4"),
+    "observation.state": ("S",),
 }
 
 # Policy type (the `type` of its config) -> where its class is.
@@ -85,25 +86,30 @@ class Policy(nn.Module):
     @torch.inference_mode()
     def select_action(self, obs: Mapping[str, Any]) -> Tensor:
         """One action a row, (B, A) float32 on the CPU, for observations (B, ...) as a vectorised environment
-        gives them (arrays or tensors, without a time axis; ``task``: B strings or one for all).
+        gives them (arrays or tensors; ``task``: B strings or one for all).
+
+        A single environment's observation, without the batch axis, gets its action (A,). Observations
+        (B, To, ...) with a time axis, as in a batch of data, stand in place of what the rows remember.
 
         Rows whose queue is empty predict a chunk together and execute the first ``config.execute`` actions of
         it; the observations of other rows are not looked at (see ``needs_observation``). Runs in evaluation
         mode; every submodule's own mode is put back.
         """
-        obs = self._arrays(obs)
-        count = len(obs["task"])
-        rows = self._take_rows(count)
+        obs, axes = self._arrays(obs)
+        rows = self._take_rows(len(obs["task"]))
         for index, row in enumerate(rows):
             if len(row.actions) < self.config.obs_horizon:
-                row.history.append({key: _copy_row(value, index) for key, value in obs.items()})
+                if axes == "B, To":
+                    row.history.clear()
+                row.history.extend(_row_steps(obs, index))
         due = [row for row in rows if not row.actions]
         if due:
             with evaluating(self):
                 chunks = self.predict_chunk(self._histories(due), [row.generator for row in due])
             for row, chunk in zip(due, chunks[:, : self.config.execute].float().cpu()):
                 row.actions.extend(chunk)
-        return torch.stack([row.actions.popleft() for row in rows])
+        actions = torch.stack([row.actions.popleft() for row in rows])
+        return actions if axes else actions[0]
 
     def needs_observation(self, num_rows: int) -> list[bool]:
         """Which rows look at the observation of the next ``select_action``; the others' need no rendering."""
@@ -152,16 +158,26 @@ class Policy(nn.Module):
         _write(folder / WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
 
     @classmethod
-    def from_config(cls, config: Any, stats: Mapping[str, Any] | None = None) -> Self:
+    def from_config(
+        cls, config: Any, stats: Mapping[str, Any] | None = None, *, pretrained: bool = False
+    ) -> Self:
         """A fresh policy.
 
         config: the path of a YAML file, a mapping, or a config. File and mapping may be a complete training
         configuration (its ``policy`` section is taken) or the bare policy. stats: ``dataset.statistics()``;
-        without it a policy that normalises cannot run until ``set_statistics``. Called on ``Policy``
-        itself, the class follows from the ``type``.
+        without it a policy that normalises cannot run until ``set_statistics``. pretrained: load the
+        pretrained weights that the config asks for, as ``vilma train-policy`` does, which needs them here or
+        the network; otherwise all weights are random, and a warning says so where some were asked for.
+        Called on ``Policy`` itself, the class follows from the ``type``.
         """
         chosen, config = _decode(cls, config)
-        return chosen(config, stats)
+        if getattr(config, "rgb_pretrained", False) and not pretrained:
+            warnings.warn(
+                "the config asks for pretrained RGB encoders; this policy starts from random weights: give "
+                "from_config pretrained=True to load them",
+                stacklevel=2,
+            )
+        return chosen(config, stats, pretrained=pretrained)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
@@ -238,15 +254,18 @@ class Policy(nn.Module):
 
     # Inside
 
-    def _arrays(self, obs: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys this policy reads, all of one batch size."""
+    def _arrays(self, obs: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+        """The keys this policy reads as (B, To, ...), all of one batch size, and the leading axes they came
+        with: "", "B" or "B, To"."""
         absent = [key for key in self.observation_keys if key not in obs]
         if absent or "task" not in obs:
             absent += [] if "task" in obs else ["task"]
             raise ValueError(f"the observation lacks {', '.join(absent)}; it has {', '.join(sorted(obs))}")
         taken = {key: obs[key] for key in self.observation_keys}
-        for key, value in taken.items():
-            _check_batched(key, np.shape(value))
+        taken = {key: v if isinstance(v, Tensor) else np.asarray(v) for key, v in taken.items()}
+        axes = _leading_axes({key: tuple(value.shape) for key, value in taken.items()})
+        new = {"": (None, None), "B": (slice(None), None), "B, To": ()}[axes]
+        taken = {key: value[new] for key, value in taken.items()}
         counts = {key: len(value) for key, value in taken.items()}
         task = obs["task"]
         if not isinstance(task, str):
@@ -254,8 +273,11 @@ class Policy(nn.Module):
             counts["task"] = len(task)
         if len(set(counts.values())) > 1:
             raise ValueError(f"the observation's keys differ in their number of rows: {counts}")
+        steps = {key: value.shape[1] for key, value in taken.items()}
+        if len(set(steps.values())) > 1:
+            raise ValueError(f"the observation's keys differ in their number of time steps: {steps}")
         count = next(iter(counts.values()))
-        return {**taken, "task": [task] * count if isinstance(task, str) else task}
+        return {**taken, "task": [task] * count if isinstance(task, str) else task}, axes
 
     def _histories(self, rows: Sequence["_Row"]) -> dict[str, Any]:
         """Stack the rows' last To observations to (B, To, ...); a young row repeats its oldest one."""
@@ -363,21 +385,34 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
-def _check_batched(key: str, shape: tuple[int, ...]) -> None:
-    """ValueError, with the way out, for the observation of one environment by itself."""
-    wanted = next((axes for start, axes in _AXES.items() if key.startswith(start)), None)
-    if wanted is not None and len(shape) == len(wanted) - 1:
-        raise ValueError(
-            f"{key} has shape {tuple(shape)}, wanted ({', '.join(wanted)}): for a single environment add a "
-            "leading batch axis, obs = {k: v if k == 'task' else v[None] for k, v in obs.items()}"
-        )
+def _leading_axes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What most observations have before their own axes, "", "B" or "B, To"; ValueError for the others."""
+    own = {
+        key: next((axes for start, axes in _AXES.items() if key.startswith(start)), None) for key in shapes
+    }
+    extra = {key: len(shapes[key]) - len(axes) for key, axes in own.items() if axes is not None}
+    usual = Counter(extra.values()).most_common(1)[0][0] if extra else 1
+    leading = {0: "", 1: "B", 2: "B, To"}.get(usual, "B")
+    for key in extra:
+        if len(shapes[key]) != len(own[key]) + len(leading.split()):
+            wanted = ", ".join([leading, *own[key]] if leading else own[key])
+            raise ValueError(
+                f"{key} has shape {shapes[key]}, wanted ({wanted}): all observations come from one "
+                "environment, from B (B, ...), or with time steps (B, To, ...)"
+            )
+    return leading
 
 
-def _copy_row(value: Any, index: int) -> Any:
-    """Row ``index`` of an observation, copied: an environment may write the next one into its memory."""
-    row = value[index]
-    if isinstance(row, str):
-        return row
+def _row_steps(obs: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
+    """The time steps of row ``index`` of observations (B, To, ...), copied: an environment may write the next
+    one into its memory."""
+    task = obs["task"][index]
+    arrays = {key: _copied(value[index]) for key, value in obs.items() if key != "task"}
+    count = len(next(iter(arrays.values())))
+    return [{**{key: value[step] for key, value in arrays.items()}, "task": task} for step in range(count)]
+
+
+def _copied(row: Any) -> Tensor:
     row = row.clone() if isinstance(row, Tensor) else torch.from_numpy(np.array(row))
     return row.float() if row.dtype == torch.float64 else row
 

@@ -196,19 +196,21 @@ class Views(nn.Module):
         return image
 
     def _normalized(self, image: Tensor) -> Tensor:
-        image = image if image.is_floating_point() else image.float().div_(255)
+        image = image.float() if image.is_floating_point() else image.float().div_(255)
         return (image - self.rgb_mean) / self.rgb_std
 
     def _size(self, obs: Mapping[str, Any], camera: str, taken: Mapping[str, Tensor]) -> tuple[int, int]:
-        """(H, W) of the camera's pictures, after checking them against each other and the config."""
+        """(H, W) of the camera's pictures, after checking shapes against each other and the config."""
         c = self.config
         lead = (len(obs["task"]), c.obs_horizon)
+        own = {"images": (3, "H", "W"), "depth": ("H", "W"), "intrinsics": (3, 3), "pose": (4, 4)}
         sizes = {}
-        for part, middle in (("images", (3,)), ("depth", ())):
-            if part in taken:
-                key, shape = f"observation.{part}.{camera}", tuple(taken[part].shape)
-                if shape[:-2] != lead + middle:
-                    raise ValueError(f"{key} must have shape {(*lead, *middle, 'H', 'W')}, got {shape}")
+        for part, values in taken.items():
+            key, shape, wanted = f"observation.{part}.{camera}", tuple(values.shape), (*lead, *own[part])
+            fits = len(shape) == len(wanted)
+            if not fits or any(got != want for got, want in zip(shape, wanted) if isinstance(want, int)):
+                raise ValueError(f"{key} must have shape {wanted}, got {shape}")
+            if part in ("images", "depth"):
                 sizes[key] = shape[-2:]
         if len(set(sizes.values())) > 1:
             raise ValueError(f"image and depth of camera {camera!r} must share one view, got {sizes}")

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dataset = _load(run.data)
     facts, statistics = dataset.metadata, dataset.statistics()
     seed_all(run.train.seed)
-    policy = Policy.from_config(run.policy)
+    policy = Policy.from_config(run.policy, pretrained=True)
     policy.check_compatible(facts, name=_shown(run.data.path))
     check_sizes(run, facts)
     check_statistics(run_dir, statistics)

@@ -290,6 +290,36 @@ def test_noise_draws_share_one_encoding():
     assert counts == [3, 12]
 
 
+def test_dtypes_of_a_batch_do_not_matter():
+    """Data sets and simulators hand out float64, half precision and integers; values decide, not types."""
+    policy = make_policy().eval()
+    batch = make_batch()
+    batch["action_is_pad"][:, 4:] = True
+    halves = {key: v.half().float() if "depth" in key else v for key, v in batch.items() if key != "task"}
+    batch |= {k: v.float() / 255 if "images" in k else v for k, v in halves.items()}
+
+    def loss(changed):
+        torch.manual_seed(3)
+        return policy(batch | changed)[0].item()
+
+    wanted = loss({})
+    for part, kinds in {
+        "images": (torch.float64,),
+        "depth": (torch.float64, torch.float16),
+        "intrinsics": (torch.float64,),
+        "pose": (torch.float64,),
+        "state": (torch.float64,),
+        "action": (torch.float64,),
+        "action_is_pad": (torch.uint8, torch.float32),
+    }.items():
+        keys = [key for key in batch if key == part or f"observation.{part}" in key]
+        for kind in kinds:
+            assert loss({key: batch[key].to(kind) for key in keys}) == wanted, (part, kind)
+    whole = {key: (255 * v).round() for key, v in batch.items() if "images" in key}
+    assert loss({k: v.to(torch.uint8) for k, v in whole.items()}) == pytest.approx(wanted, rel=1e-6)
+    assert loss({k: v.to(torch.int64) for k, v in whole.items()}) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_bfloat16_autocast():
     policy = make_policy()
     torch.manual_seed(0)
@@ -361,7 +391,7 @@ def test_observations_that_do_not_fit():
             "lacks observation.images.wrist; it has observation.depth.front",
         ),
         ({"observation.depth.front": depth[:, ::2]}, r"camera 'front' must share one view"),
-        ({"observation.depth.front": depth[..., None]}, r"depth.front must have shape \(3, 1, 'H', 'W'\)"),
+        ({"observation.depth.front": depth[..., None]}, r"depth.front has shape .* wanted \(B, H, W\)"),
         (
             {"observation.images.wrist": seen["observation.images.wrist"].transpose(0, 2, 3, 1)},
             "images.wrist must",
@@ -391,8 +421,20 @@ def test_observations_that_do_not_fit():
 def test_batches_that_do_not_fit():
     policy = make_policy()
     batch = make_batch()
-    with pytest.raises(ValueError, match=r"action must have shape \(B, 6, 7\), got \(3, 5, 7\)"):
-        policy(batch | {"action": batch["action"][:, :5]})
+    for change, message in (
+        ({"action": batch["action"][:, :5]}, r"action must have shape \(3, 6, 7\), got \(3, 5, 7\)"),
+        ({"action": batch["action"][:2]}, r"action must have shape \(3, 6, 7\), got \(2, 6, 7\)"),
+        ({"action_is_pad": torch.zeros(3, 5, dtype=torch.bool)}, r"action_is_pad must have shape \(3, 6\)"),
+        ({"task": "lift"}, "task must be a list of B strings, got the single string 'lift'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy(batch | change)
+    for key in ("observation.intrinsics.front", "observation.pose.wrist"):
+        for wrong in (batch[key][:, 0], batch[key][0, 0], batch[key][:1], batch[key][..., :2, :]):
+            with pytest.raises(ValueError, match=rf"{key} must have shape \(3, 1, \d, \d\), got"):
+                policy(batch | {key: wrong})
+    with pytest.raises(ValueError, match="the batch lacks action; it has action_is_pad"):
+        policy({key: value for key, value in batch.items() if key != "action"})
     with pytest.raises(ValueError, match="no statistics for action"):
         make_policy(stats=False)(batch)
     with pytest.raises(ValueError, match=r"statistics lack 'observation.state'; they have action"):

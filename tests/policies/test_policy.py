@@ -162,33 +162,63 @@ def test_actions_and_inputs_are_checked():
         policy.seed_rows([True, True], [1])
 
 
-def test_an_observation_without_a_batch_axis_says_what_to_do():
-    class PicturePolicy(CounterPolicy):
-        observation_keys = tuple(
-            f"observation.{part}.front" for part in ("images", "depth", "intrinsics", "pose")
-        ) + ("observation.state",)
+PICTURES = {
+    "observation.images.front": (3, 8, 8),
+    "observation.depth.front": (8, 8),
+    "observation.intrinsics.front": (3, 3),
+    "observation.pose.front": (4, 4),
+    "observation.state": (5,),
+}
 
-        def predict_chunk(self, obs, generators=None):
-            return torch.zeros(len(obs["task"]), self.config.horizon, 2)
 
+class PicturePolicy(CounterPolicy):
+    observation_keys = tuple(PICTURES)
+
+
+def pictures(*lead):
+    values = {key: np.random.default_rng(0).random((*lead, *own)) for key, own in PICTURES.items()}
+    return {key: value.astype(np.float32) for key, value in values.items()} | {"task": "go"}
+
+
+def test_one_environment_gets_its_action_alone():
     policy = PicturePolicy(CounterConfig())
-    shapes = ((3, 8, 8), (8, 8), (3, 3), (4, 4), (5,))
-    alone = {key: np.zeros(shape, np.float32) for key, shape in zip(policy.observation_keys, shapes)} | {
-        "task": "go"
-    }  # as an environment returns it
-    with pytest.raises(
-        ValueError, match=r"images.front has shape \(3, 8, 8\), .*leading batch axis"
-    ) as caught:
-        policy.select_action(alone)
-    way = str(caught.value).partition("obs = ")[2]
-    assert policy.select_action(eval(way, {"obs": alone})).shape == (1, 2)
-    for key in policy.observation_keys:
-        one = {k: v if k == "task" or k == key else v[None] for k, v in alone.items()}
-        with pytest.raises(ValueError, match=f"{key} has shape .*add a leading batch axis"):
-            policy.select_action(one)
-        tensors = {k: v if k == "task" else torch.as_tensor(v) for k, v in one.items()}
-        with pytest.raises(ValueError, match=f"{key} has shape .*add a leading batch axis"):
-            policy.select_action(tensors)
+    alone = pictures()  # as gymnasium's reset and step return it
+    together = {key: value if key == "task" else value[None] for key, value in alone.items()}
+    wanted = [policy.select_action(together) for _ in range(4)]
+    for convert in (np.asarray, torch.as_tensor):
+        policy.reset()
+        one = {key: value if key == "task" else convert(value) for key, value in alone.items()}
+        actions = [policy.select_action(one) for _ in range(4)]
+        assert [a.shape for a in actions] == [(2,)] * 4
+        assert all(torch.equal(a, w[0]) for a, w in zip(actions, wanted))
+
+
+def test_observations_with_a_time_axis_are_the_history():
+    policy = CounterPolicy(CounterConfig(obs_horizon=3, execute=1))
+    for steps in ([5.0], [1.0, 2.0], [1.0, 2.0, 4.0], [9.0, 1.0, 2.0, 4.0]):
+        window = {"observation.state": np.array(steps)[None, :, None], "task": ["go"]}
+        policy.select_action(window)
+    windows = [state.flatten().tolist() for state, _ in policy.calls]
+    assert windows == [[5, 5, 5], [1, 1, 2], [1, 2, 4], [1, 2, 4]]
+    policy.select_action(observation([8.0]))  # and is remembered
+    assert policy.calls[-1][0].flatten().tolist() == [2, 4, 8]
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (3, 2)])
+def test_observations_of_unlike_axes_are_named(lead):
+    policy, seen = PicturePolicy(CounterConfig()), pictures(*lead)
+    for key, own in PICTURES.items():
+        with pytest.raises(ValueError, match=rf"{key} has shape .*wanted .*one environment, from B"):
+            policy.select_action(seen | {key: seen[key][None]})
+        if lead or len(own) > 1:
+            with pytest.raises(ValueError, match=rf"{key} has shape .*wanted .*one environment, from B"):
+                policy.select_action(seen | {key: seen[key][0]})
+    with pytest.raises(ValueError, match=r"observation\.images\.front has shape"):
+        policy.select_action(pictures(1, 1, 1))
+    if len(lead) == 2:
+        with pytest.raises(ValueError, match=r"differ in their number of time steps: .*pose\.front': 1"):
+            pose = seen["observation.pose.front"][:, :1]
+            policy.select_action(seen | {"observation.pose.front": pose})
 
 
 def test_save_and_load(tmp_path):

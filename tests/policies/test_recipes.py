@@ -44,6 +44,17 @@ def test_sizes(name, changes, wanted):
     assert all(p.requires_grad for p in policy.parameters())
 
 
+def test_a_recipe_is_built_without_its_pretrained_weights(monkeypatch):
+    """As on a machine that reaches no hub; a training, which asks for them, is told what to fetch."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with torch.device("meta"), pytest.warns(UserWarning, match="random weights: .* pretrained=True"):
+        policy = PointMapPolicy.from_config("configs/policies/pointmap_calvin.yaml")
+    assert millions(policy) == pytest.approx(144.379303, abs=1e-6)
+    small = dataclasses.replace(recipe("real").policy, rgb_encoder="film_resnet18", dim=64, num_blocks=1)
+    with pytest.raises(ValueError, match=r"weights of resnet18 cannot be had .*rgb_weights, or train"):
+        PointMapPolicy.from_config(small, pretrained=True)
+
+
 def test_parts_of_the_calvin_model():
     policy = build("calvin")
     assert millions(policy.encoders) == pytest.approx(4 * 27.447872, abs=1e-6)
