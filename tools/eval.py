@@ -77,7 +77,7 @@ def _evaluate(
     )
     cameras = list(facts["cameras"])
     size = image_size(facts["image_size"], options.size)
-    env_options = dict(env_options)
+    env_options = {**facts.get("environment", {}), **env_options}
     if facts["state_keys"] and task.suite in ("robosuite", "robocasa"):
         env_options.setdefault("state_keys", facts["state_keys"])
 

@@ -5,21 +5,18 @@ Actions are the seven numbers in [-1, 1] of robosuite's BASIC composite controll
 (-1 opens, 1 closes).
 """
 
-import contextlib
-import ctypes
 import difflib
 import importlib
-import importlib.util
 import logging
-import os
 import string
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vilma.extras import require
 
+from .opengl import RenderError, prepare, raise_if_missing
+from .options import flag, names, number
 from .tasks import Task
 from .variations import MAX_DISTRACTORS, CameraMotion, place_distractors, with_distractors
 
@@ -36,15 +33,6 @@ _MIN_ZBUFFER = 0.5
 
 # A group of geoms that robosuite uses for nothing and its renderer does not draw.
 _HIDDEN_GROUP = 5
-
-_NO_OPENGL = (
-    "the simulator cannot load OpenGL (MUJOCO_GL={backend}): {error}. On Debian or Ubuntu install it with: "
-    "apt-get install libosmesa6 libgl1 libegl1"
-)
-
-
-class RenderError(RuntimeError):
-    """A camera returned a frame that cannot be a picture of the scene."""
 
 
 class RobosuiteEnv(gymnasium.Env):
@@ -97,25 +85,24 @@ class RobosuiteEnv(gymnasium.Env):
         camera_shift: float = 0.0,
         distractors: int = 0,
     ) -> None:
-        size, model_seed = _number("size", size, int), _number("model_seed", model_seed, int)
+        size, model_seed = number("size", size, int), number("model_seed", model_seed, int)
         if size < 1:
             raise ValueError(f"got an image size of {size}, wanted at least 1 pixel")
-        placement = None if placement is None else _number("placement", placement, float)
+        placement = None if placement is None else number("placement", placement, float)
         if placement is not None and not 0 < placement <= 0.3:
             raise ValueError(f"got placement {placement}, wanted a half width in (0, 0.3] metres")
-        if not isinstance(render_cameras, bool):
-            raise ValueError(f"got render_cameras={render_cameras!r}, wanted true or false")
+        render_cameras = flag("render_cameras", render_cameras)
         self._motion = _camera_motion(camera_jitter, camera_shift)
-        self.distractors = _number("distractors", distractors, int)
+        self.distractors = number("distractors", distractors, int)
         if not 0 <= self.distractors <= MAX_DISTRACTORS:
             raise ValueError(f"got {distractors} distractors, wanted 0 to {MAX_DISTRACTORS}")
         self.task = task
-        self.cameras = _names("cameras", cameras)
+        self.cameras = names("cameras", cameras)
         self.size = size
         self.render_cameras = render_cameras
         self.render_mode = "rgb_array"
-        self.state_keys = _names("state_keys", state_keys)
-        self._first_seed: int | None = None if seed is None else _number("seed", seed, int)
+        self.state_keys = names("state_keys", state_keys)
+        self._first_seed: int | None = None if seed is None else number("seed", seed, int)
         self._context = None
         self._sim_env = None
         self._steps = self._held = 0
@@ -138,10 +125,7 @@ class RobosuiteEnv(gymnasium.Env):
             if self.cameras:
                 self._set_up_rendering()
         except Exception as error:
-            if _is_missing_opengl(error):
-                raise ImportError(
-                    _NO_OPENGL.format(backend=os.environ.get("MUJOCO_GL"), error=error)
-                ) from error
+            raise_if_missing(error)
             raise
         self._check_cameras()
         if placement is not None:
@@ -428,38 +412,18 @@ def _checked_frame(
     return np.ascontiguousarray(image.transpose(2, 0, 1)), depth.astype(np.float32)
 
 
-def _number(name: str, value: Any, kind: type) -> Any:
-    """An option as int or float. A text may spell it; a truth value, or a fraction for an int, is refused."""
-    try:
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or isinstance(value, bool) or not (isinstance(value, str) or number == value):
-        wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"got {name}={value!r}, wanted {wanted}")
-    return number
-
-
 def _camera_motion(jitter: Any, shift: Any) -> CameraMotion:
     if not isinstance(jitter, (tuple, list)) or len(jitter) != 2:
         raise ValueError(f"got camera_jitter={jitter!r}, wanted two numbers, metres and degrees: [0.1, 10]")
-    metres, degrees = (_number("camera_jitter", part, float) for part in jitter)
+    metres, degrees = (number("camera_jitter", part, float) for part in jitter)
     if not (0 <= metres <= 0.5 and 0 <= degrees <= 45):
         raise ValueError(
             f"got camera_jitter={jitter!r}, wanted metres from 0 to 0.5 and degrees from 0 to 45"
         )
-    shift = _number("camera_shift", shift, float)
+    shift = number("camera_shift", shift, float)
     if not 0 <= shift <= 0.5:
         raise ValueError(f"got camera_shift={shift}, wanted 0 to 0.5 metres")
     return CameraMotion((metres, degrees), shift)
-
-
-def _names(option: str, values: Any) -> tuple[str, ...]:
-    """A tuple of names; a text alone would be taken for its letters."""
-    if isinstance(values, (tuple, list)) and all(isinstance(value, str) for value in values):
-        return tuple(values)
-    example = f", e.g. [{values!r}]" if isinstance(values, str) else ""
-    raise ValueError(f"got {option}={values!r}, wanted a list of names{example}")
 
 
 def controller_config() -> dict[str, Any]:
@@ -469,45 +433,14 @@ def controller_config() -> dict[str, Any]:
 
 def _load_suite() -> Any:
     """Import robosuite, by default with a software renderer, without warnings about parts not used here."""
-    os.environ.setdefault("MUJOCO_GL", "osmesa")
-    # Small images are bound by vertices, which the software renderer does on one thread: more threads would
-    # only get in the way of the other simulators of a vectorised run.
-    os.environ.setdefault("LP_NUM_THREADS", "0")
+    prepare()
     logging.getLogger("robosuite_logs").addFilter(_keep_errors)
-    _load_triton_first()
     try:
         return require("robosuite", "robot")
     except Exception as error:
-        if _is_missing_opengl(error):
-            raise ImportError(_NO_OPENGL.format(backend=os.environ["MUJOCO_GL"], error=error)) from error
-        if "MUJOCO_GL" in str(error):
-            raise ValueError(f"{error}; wanted osmesa (software) or egl (a GPU, or software)") from error
+        raise_if_missing(error)
         raise
-
-
-def _load_triton_first() -> None:
-    """Load triton's compiler before OSMesa, whose LLVM becomes global and would crash a later triton.
-
-    Costs 50 ms; triton itself (and torch) are not imported.
-    """
-    triton = importlib.util.find_spec("triton")
-    for folder in triton.submodule_search_locations or () if triton else ():
-        for library in Path(folder, "_C").glob("libtriton*.so"):
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(str(library))
 
 
 def _keep_errors(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
-
-
-def _is_missing_opengl(error: BaseException) -> bool:
-    """Whether an import or a context failed inside the OpenGL bindings (they raise many kinds of error)."""
-    if isinstance(error, ImportError) and ("libGL" in str(error) or "libEGL" in str(error)):
-        return True
-    trace, files = error.__traceback__, []
-    while trace is not None:
-        files.append(trace.tb_frame.f_code.co_filename.replace(os.sep, "/"))
-        trace = trace.tb_next
-    inside = ("/OpenGL/", "/mujoco/osmesa/", "/mujoco/egl/", "/mujoco/glfw/", "/renderers/context/")
-    return any(part in file for file in files for part in inside)
