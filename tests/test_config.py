@@ -100,7 +100,10 @@ def test_a_section_that_may_be_absent():
 
 
 SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
-READERS = {"policy": ("vilma.tools.train_policy", "RunConfig")}
+READERS = {
+    "policy": ("vilma.tools.train_policy", "RunConfig"),
+    "model": ("vilma.tools._image_training", "ImageRunConfig"),
+}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
