@@ -16,7 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_timings", "record_time", "source_commit", "write_report"]
+__all__ = ["read_timings", "record_time", "source_commit", "write_page", "write_report"]
 
 MAX_FILM_BYTES = 40_000_000
 CURVES = (("loss", "Loss"), ("lr", "Learning rate"), ("grad_norm", "Gradient norm"))
@@ -102,13 +102,43 @@ def write_report(
         _section("Time", _phases(read_timings(run_dir))),
         _section("Facts", _facts(run_dir, facts) + _config(run_dir / "config.yaml")),
     ]
-    title = run_dir.absolute().name
     environment = best["description"].get("environment", {}) if best else {}
     task = environment.get("name", "") if isinstance(environment, Mapping) else ""
+    return _write_page(run_dir, str(task), sections)
+
+
+def write_page(
+    run_dir: str | Path,
+    subtitle: str,
+    hero: str,
+    sections: Iterable[tuple[str, str]],
+    curves: Sequence[tuple[str, str]] = CURVES,
+    facts: Iterable[tuple[str, str]] = (),
+) -> Path:
+    """Write ``RUN/report.html`` of a run whose result is no rollout, and return its path.
+
+    Args:
+        hero: HTML of what stands first.
+        sections: (title, HTML) between the result and the curves, times and facts of the run.
+        curves: (key in metrics.jsonl, title) of the curves.
+        facts: (name, value) lines for the table of facts.
+    """
+    run_dir = Path(run_dir)
+    parts = [
+        f'<section class="hero">{hero}</section>',
+        *(_section(title, content) for title, content in sections),
+        _section("Training", _curves(run_dir / "metrics.jsonl", curves)),
+        _section("Time", _phases(read_timings(run_dir))),
+        _section("Facts", _facts(run_dir, facts) + _config(run_dir / "config.yaml")),
+    ]
+    return _write_page(run_dir, subtitle, parts)
+
+
+def _write_page(run_dir: Path, subtitle: str, sections: Sequence[str]) -> Path:
     page = PAGE.format(
-        title=escape(title),
+        title=escape(run_dir.absolute().name),
         style=STYLE,
-        task=escape(str(task)),
+        task=escape(subtitle),
         date=time.strftime("%Y-%m-%d %H:%M"),
         body="\n".join(sections),
     )
@@ -244,7 +274,7 @@ def _base64(path: Path) -> str:
     return base64.b64encode(path.read_bytes()).decode()
 
 
-def _curves(path: Path) -> str:
+def _curves(path: Path, wanted: Sequence[tuple[str, str]] = CURVES) -> str:
     records = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:
@@ -253,7 +283,7 @@ def _curves(path: Path) -> str:
         except (ValueError, AttributeError):
             continue  # the last line of a killed run may be half a line
     charts = []
-    for key, title in CURVES:
+    for key, title in wanted:
         points = [(r["step"], r[key]) for r in records if "step" in r and math.isfinite(r.get(key, math.nan))]
         if len(points) > 1:
             charts.append(_chart(title, points, logarithmic=key != "lr", smooth=key != "lr"))
