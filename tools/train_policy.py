@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_sizes(run, facts)
     check_statistics(run_dir, statistics)
     check_depth(dataset, policy.observation_keys, run.policy.depth_range)
+    check_texts(policy, facts["tasks"], _shown(run.data.path))
     policy.set_statistics(statistics)
     if main_process:
         count = sum(p.numel() for p in policy.parameters() if p.requires_grad)
@@ -217,6 +218,13 @@ def check_statistics(run_dir: Path, statistics: Mapping[str, Any]) -> None:
                 f"the data changed since {run_dir} was begun: the mean of {key} over {now['count']} frames "
                 f"is not that in {path}. Give it the same data, or use another run directory"
             )
+
+
+def check_texts(policy: Policy, tasks: Sequence[str], source: str) -> None:
+    """Raise ValueError for a task that the policy cannot read: now, not at the step that first meets it."""
+    if not all(tasks):
+        raise ValueError(f"{source} has episodes that tell no task: name it with --data.task")
+    policy.text(tasks)
 
 
 def check_depth(

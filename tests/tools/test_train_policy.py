@@ -28,13 +28,15 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 SIDE = 20
 
 
-def write_demos(path: Path, episodes: int = 3, seed: int = 0, frame: str = "world") -> Path:
+def write_demos(
+    path: Path, episodes: int = 3, seed: int = 0, frame: str = "world", task: str = "lift the red cube"
+) -> Path:
     rng = np.random.default_rng(seed)
     pose = np.diag([1.0, -1.0, -1.0, 1.0]).astype(np.float32)  # looking down from one metre above the table
     pose[2, 3] = 1.8
     focal = np.array([[SIDE, 0, SIDE / 2], [0, SIDE, SIDE / 2], [0, 0, 1]], np.float32)
     env_args = {"env_name": "Lift", "env_version": "1.5.2", "type": 1, "env_kwargs": {"control_freq": 20}}
-    attributes = {"reference_frame": frame, "action_kind": "delta", "task": "lift the red cube"}
+    attributes = {"reference_frame": frame, "action_kind": "delta", "task": task}
     with EpisodeWriter(path, env_args, attributes) as writer:
         for _ in range(episodes):
             length = int(rng.integers(8, 14))
@@ -114,6 +116,21 @@ def test_the_seed_decides_the_weights(demos, finished, tmp_path, capsys):
         (("--policy.image_size.agentview", "[84, 84]"), r"agentview .* are \(20, 20\).*\(84, 84\)"),
         (("--policy.horizon", "12"), "policy.horizon is 12 but data.action_horizon is 10"),
         (("--data.cameras", "[agentview]"), "policy.cameras names robot0_eye_in_hand"),
+        (
+            ("--policy.text_encoder", "table", "--policy.tasks", "[open a drawer]"),
+            "the task 'lift the red cube' is not in the policy's table",
+        ),
+        (
+            (
+                "--policy.text_encoder",
+                "clip",
+                "--policy.text_dim",
+                "512",
+                "--policy.text_weights",
+                "/no/clip.pt",
+            ),
+            "no CLIP embedding of 'lift the red cube' .*vilma cache-language DATA",
+        ),
         (("--train.stepps", "3"), "did you mean 'steps'"),
         (("--optim.lr", "fast"), "optim.lr"),
         (("--data", "5"), r"data is 5, but 'data' is a section; its fields are: path, cameras"),
@@ -123,6 +140,13 @@ def test_what_does_not_fit_is_named_before_anything_is_written(demos, tmp_path, 
     with pytest.raises(ValueError, match=message):
         train(demos, tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
+
+
+def test_demonstrations_without_a_task_need_its_name(tmp_path):
+    demos = write_demos(tmp_path / "untold.hdf5", task="")
+    with pytest.raises(ValueError, match=r"untold\.hdf5 has episodes that tell no task: .*--data\.task"):
+        train(demos, tmp_path / "run")
+    assert train(demos, tmp_path / "run", "--data.task", "lift", "--train.steps", "3") == 0
 
 
 def test_missing_files_are_named(demos, tmp_path):
