@@ -122,15 +122,19 @@ class Rollout:
         for i in busy:
             row = self.rows[i]
             result = self._attempt(i, row.simulator.step_wait, self.timeout_s) if row.is_busy else None
-            if result is None:
-                continue
-            row.observation, reward, terminated, truncated, success = result
-            row.steps += 1
-            row.total += reward
-            row.success |= success
-            self._film(row)
-            if terminated or truncated:
-                self._finish(row, "success" if row.success else "failure")
+            if result is not None:
+                self._take(i, result)
+
+    def _take(self, i: int, result: tuple[dict[str, Any], float, bool, bool, bool]) -> None:
+        """What one step of row ``i`` led to: observation, reward, terminated, truncated, success."""
+        row = self.rows[i]
+        row.observation, reward, terminated, truncated, success = result
+        row.steps += 1
+        row.total += reward
+        row.success |= success
+        self._film(row)
+        if terminated or truncated:
+            self._finish(row, "success" if row.success else "failure")
 
     def _attempt(self, i: int, do: Callable, *args: Any) -> Any:
         """``do(*args)``; None when the simulator is lost, which frees the row.
@@ -152,7 +156,15 @@ class Rollout:
             return None
 
     def _finish(self, row: Row, outcome: str) -> None:
-        entry = {
+        entry = self._entry(row, outcome)
+        if row.frames:
+            entry["video"] = self.record.add_video(row.episode, row.frames, self.video)
+        self.record.add_episode(entry)
+        row.episode = None
+
+    def _entry(self, row: Row, outcome: str) -> dict[str, Any]:
+        """The record of an episode that has ended."""
+        return {
             "index": row.episode,
             "seed": self.seed + row.episode,
             "success": outcome == "success",
@@ -161,10 +173,6 @@ class Rollout:
             "outcome": outcome,
             "seconds": round(time.perf_counter() - row.began, 3),
         }
-        if row.frames:
-            entry["video"] = self.record.add_video(row.episode, row.frames, self.video)
-        self.record.add_episode(entry)
-        row.episode = None
 
     def _film(self, row: Row) -> None:
         if row.episode not in self.filmed:
