@@ -67,7 +67,8 @@ def mix(u: Tensor, weights: MixWeights, reverse: bool, eps: float) -> Tensor:
         return mix_plain(u, weights, reverse, eps)  # the compiler fuses what surrounds the mLSTM
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_tangents(u, *weights)
-    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    # a traced program is checked against a second trace that is made without gradients
+    save = torch.is_grad_enabled() and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
     return torch.ops.vilma.vil_mix(u, *weights, reverse, eps, save)[0]
 
 

@@ -435,6 +435,14 @@ def test_torchscript(variant, official):
     assert all(p.grad is not None for p in scripted.parameters())
 
 
+def test_traced(variant, official):
+    model, x = build(variant, official), images(64, 96)
+    traced = torch.jit.trace(model, x)  # with gradients, as it is usually called
+    assert torch.equal(traced(x), model(x))
+    traced(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_fx(variant, official):
     from timm.models import get_notrace_functions, get_notrace_modules
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names

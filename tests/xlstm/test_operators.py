@@ -264,6 +264,16 @@ def test_a_gradient_nobody_prepared_for():
         assert torch.equal(a, b)
 
 
+def test_traces_with_gradients():
+    """torch.jit.trace checks what it recorded against a second trace, which it makes without gradients."""
+    inputs = [x.requires_grad_() for x in random_mlstm(2, 2, 9, 4, 6)]
+    traced = torch.jit.trace(mlstm, tuple(inputs))
+    h, traced_h = mlstm(*inputs), traced(*inputs)
+    assert torch.equal(traced_h, h)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), inputs) for x in (traced_h, h))):
+        assert torch.equal(a, b)
+
+
 INTERPRETED = """
 import torch
 from vilma.testing import random_mlstm, random_mlstm_state, rms_ratio

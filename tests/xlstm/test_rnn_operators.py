@@ -208,6 +208,19 @@ def test_second_derivative_is_refused(backend):
         torch.autograd.grad(sum(x.square().sum() for x in grads), inputs)
 
 
+@cells
+def test_traces_with_gradients(cell):
+    """torch.jit.trace checks what it recorded against a second trace, which it makes without gradients."""
+    module, x = Mixer(cell), torch.randn(2, 9, 8)
+    traced = torch.jit.trace(module, x)
+    found = []
+    for f in (traced, module):
+        h, _ = f(x)
+        found.append((h, *torch.autograd.grad(h.square().sum(), module.parameters())))
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("backend", FAST)
 @cells
 def test_a_gradient_nobody_prepared_for(cell, backend):

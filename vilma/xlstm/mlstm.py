@@ -120,8 +120,10 @@ def mlstm(
         starts = None if reset is None else sequence_starts(reset, reverse)
         exponential = gate == "exp"
         _refuse_tangents(q, k, v, i, f, *given)
-        # the shapes of what is kept depend on backend and length, which an exported program leaves open
-        save = _needs_grad(q, k, v, i, f, *given) and not torch.compiler.is_exporting()
+        # the shapes of what is kept depend on backend and length, which an exported program leaves open; a
+        # traced one is checked against a second trace that is made without gradients
+        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        save = _needs_grad(q, k, v, i, f, *given) and not recorded
         h, c, n, m, *_ = torch.ops.vilma.mlstm(
             q,
             k,

@@ -94,7 +94,8 @@ def rnn(
     else:
         starts = None if reset is None else sequence_starts(reset, reverse)
         given = _four(state)
-        save = _needs_grad(wx, r, b, *given)
+        # a traced program is checked against a second trace that is made without gradients
+        save = _needs_grad(wx, r, b, *given) and not torch.jit.is_tracing()
         h, *rest = torch.ops.vilma.rnn(
             wx, r, b, *given, starts, cell, reverse, grad_clip, backend, return_state, save
         )
