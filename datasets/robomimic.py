@@ -227,20 +227,8 @@ class RobomimicDataset(torch.utils.data.Dataset):
         and ``constant``: True where std < eps. All are stored as measured; whoever normalises a constant
         dimension divides by 1 instead of its std or range. ``count`` is the number of frames.
         """
-        found = {}
-        for key in ("action", "observation.state"):
-            values = self._tables[key][self._row].numpy().astype(np.float64)
-            low, high = np.quantile(values, (0.01, 0.99), axis=0)
-            std = values.std(axis=0)
-            arrays = {
-                "mean": values.mean(axis=0),
-                "std": std,
-                "min": values.min(axis=0),
-                "max": values.max(axis=0),
-            }
-            arrays |= {"q01": low, "q99": high, "constant": std < eps}
-            found[key] = {name: array.tolist() for name, array in arrays.items()} | {"count": len(values)}
-        return found
+        used = {key: self._tables[key][self._row].numpy() for key in ("action", "observation.state")}
+        return {key: column_statistics(values, eps) for key, values in used.items()}
 
     def locate(self, index: int) -> str:
         """Where sample ``index`` lies, in words: file, episode and frame."""
@@ -399,7 +387,7 @@ class RobomimicDataset(torch.utils.data.Dataset):
         per_frame = sum(
             np.prod(self._shapes[n]) * (3 if n.endswith("_image") else 4) for n in self._pixel_keys.values()
         )
-        available = _available_memory()
+        available = available_memory()
         if available is not None and frames * per_frame > available:
             raise MemoryError(
                 f"the pixels of {frames} frames take {frames * per_frame / 1e9:.1f} GB, but "
@@ -470,6 +458,16 @@ def collate(samples: dict[str, Any] | Sequence[dict[str, Any]]) -> dict[str, Any
     }
 
 
+def column_statistics(values: np.ndarray, eps: float = 1e-6) -> dict[str, Any]:
+    """Statistics of each column of (N, D), JSON-able; see ``RobomimicDataset.statistics``."""
+    values = values.astype(np.float64)
+    low, high = np.quantile(values, (0.01, 0.99), axis=0)
+    std = values.std(axis=0)
+    arrays = {"mean": values.mean(axis=0), "std": std, "min": values.min(axis=0), "max": values.max(axis=0)}
+    arrays |= {"q01": low, "q99": high, "constant": std < eps}
+    return {name: array.tolist() for name, array in arrays.items()} | {"count": len(values)}
+
+
 def _find_files(path: str | Path | Sequence[str]) -> list[Path]:
     """Files, folders and globs as a sorted list of files."""
     found: list[Path] = []
@@ -510,7 +508,7 @@ def _mapping(group: Any, name: str) -> dict[str, Any]:
     return found
 
 
-def _available_memory() -> int | None:
+def available_memory() -> int | None:
     """Bytes of memory that a process may still take, where Linux tells it."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

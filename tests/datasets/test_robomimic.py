@@ -325,7 +325,7 @@ def test_a_batch_from_memory_is_fast(tmp_path: Path) -> None:
 
 
 def test_pixels_that_do_not_fit_in_memory(good_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robomimic, "_available_memory", lambda: 30_000)
+    monkeypatch.setattr(robomimic, "available_memory", lambda: 30_000)
     with pytest.raises(MemoryError, match="cache: none"):
         RobomimicDataset(RobomimicConfig(str(good_file)))
     assert len(RobomimicDataset(RobomimicConfig(str(good_file), cache="none"))) == 16
