@@ -24,6 +24,7 @@ _SUITES = {
     "robocasa": ("robocasa", "RoboCasaEnv"),
     "robocasa365": ("robocasa", "RoboCasaEnv"),
     "libero": ("libero", "LiberoEnv"),
+    "calvin": ("calvin", "CalvinEnv"),
 }
 
 # What `make` gives to a suite's class itself.
@@ -38,14 +39,15 @@ def tasks() -> dict[str, Task]:
 def make(
     name: str,
     cameras: tuple[str, ...] | list[str] | None = None,
-    size: int = 84,
+    size: int | None = None,
     seed: int = 0,
     **options: Any,
 ) -> "gymnasium.Env":
     """Build the environment ``name``, for example ``"robosuite/Lift"``.
 
-    ``cameras`` (default: the task's own) are rendered at ``size`` x ``size`` pixels; with ``()`` the state
-    alone is observed. ``seed`` is that of the first ``reset``. The suite's module documents its ``options``.
+    ``cameras`` (default: the task's own) are rendered at ``size`` x ``size`` pixels (default: that of
+    the suite's class); with ``()`` the state alone is observed. ``seed`` is that of the first ``reset``. The
+    suite's module documents its ``options``.
 
     Raises ValueError for an unknown name or option (naming close ones) and for a value of the wrong kind,
     ImportError naming the extra when the simulator is not installed and the system packages when there is no
@@ -56,7 +58,9 @@ def make(
     environment = getattr(importlib.import_module(f"{__name__}.{module}"), environment)
     _check_options(task, environment, options)
     chosen = task.cameras if cameras is None else cameras
-    return environment(task, cameras=chosen, size=size, seed=seed, **options)
+    if size is not None:
+        options["size"] = size
+    return environment(task, cameras=chosen, seed=seed, **options)
 
 
 def scripted_policy(name: str) -> Any:

@@ -76,7 +76,15 @@ def _libero() -> Iterator[Task]:
             yield Task(f"libero/{suite}/{number}", "", LIBERO_HORIZON, extra="", group=suite)
 
 
-TASKS = {task.name: task for suite in (_robosuite, _metaworld, _robocasa, _libero) for task in suite()}
+def _calvin() -> Iterator[Task]:
+    for scene in "ABCD":  # an episode is a chain of five tasks of 360 steps
+        cameras = ("static", "gripper")
+        yield Task(f"calvin/{scene}", "", 5 * 360, cameras=cameras, control_freq=30, extra="")
+
+
+TASKS = {
+    task.name: task for suite in (_robosuite, _metaworld, _robocasa, _libero, _calvin) for task in suite()
+}
 
 # Names that stand for several tasks, besides each suite by itself.
 COLLECTIONS = {
