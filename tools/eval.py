@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import re
 import shlex
@@ -37,6 +38,8 @@ UNNAMED = ("state_keys", "privileged")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments and arguments[0].startswith("calvin/"):
+        return importlib.import_module("vilma.tools._calvin_eval").main(arguments)
     options, rest = _parser().parse_known_args(arguments)
     check_options(options, rest)
     env_options = dict(config.override({}, rest).get("env", {}))
@@ -198,8 +201,16 @@ def film_count(asked: int | None) -> int:
 
 def check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
     """Raise ValueError for numbers out of range, and for unknown options, naming close ones."""
-    for name, least in (("episodes", 1), ("repeats", 1), ("workers", 1), ("threads", 1), ("videos", 0)):
-        value = getattr(options, name)
+    counts = (
+        ("episodes", 1),
+        ("sequences", 1),
+        ("repeats", 1),
+        ("workers", 1),
+        ("threads", 1),
+        ("videos", 0),
+    )
+    for name, least in counts:
+        value = getattr(options, name, None)
         if value is not None and value < least:
             raise ValueError(f"--{name} is {value}, wanted at least {least}")
     if not 0 < options.timeout < float("inf"):
@@ -287,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="vilma eval",
         description=__doc__,
         epilog="Options of the environment: --env.NAME VALUE. A finished result is reused, an interrupted "
-        "evaluation goes on with the missing episodes.",
+        "evaluation goes on with the missing episodes. CALVIN's own options: vilma eval calvin/D -h.",
         allow_abbrev=False,
     )
     parser.add_argument(
