@@ -91,6 +91,11 @@ class TimmEncoder(nn.Module):
         super().__init__()
         self.network = network
         self.num_features = getattr(network, "head_hidden_size", network.num_features)
+        if local_tokens and self.num_features != network.num_features:
+            raise ValueError(
+                f"the pooled features of {type(network).__name__} have {self.num_features} numbers and its "
+                f"map's {network.num_features}: local_tokens must be false"
+            )
         self.local_tokens = local_tokens
 
     def forward(self, x: Tensor, cond: Tensor | None = None) -> Tensor:

@@ -119,7 +119,7 @@ class Views(nn.Module):
         """The camera's checked pictures (B, To, ...); geometry also where augmentation renders anew."""
         c = self.config
         parts = {part for stream in self.streams for part in _NEEDS[stream]}
-        if self.augments and ("depth" in parts or (self.training and c.augment.moves_cameras)):
+        if self.training and c.augment.moves_cameras:
             parts |= {"depth", "intrinsics", "pose"}
         taken = {}
         for part in ("images", "depth", "intrinsics", "pose"):

@@ -125,6 +125,10 @@ def test_spatial_softmax_learns_where_a_patch_is():
         (lambda: build_encoder("spatial_softmax", 3, pretrained=True), "no pretrained weights"),
         (lambda: build_encoder("spatial_softmax", 3, depth=2), "does not take these options"),
         (lambda: build_encoder("resnet18", 3, depht=2), "does not take these options"),
+        (
+            lambda: build_encoder("mobilenetv3_small_050", 3, local_tokens=True),
+            "pooled features .* have 1024 numbers and its map's 288: local_tokens must be false",
+        ),
         (lambda: build_encoder("spatial_softmax", 3, expect_channels=4), "expect_channels must lie"),
         (lambda: build_encoder("spatial_softmax", 3, mask_channel=3), "mask_channel must be one of the 3"),
         (lambda: build_encoder("spatial_softmax", 3, channels=(15, 24, 32)), "multiples of 8"),

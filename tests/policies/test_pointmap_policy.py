@@ -517,6 +517,16 @@ def test_resize_keeps_measured_points():
     torch.testing.assert_close(moving.pictures(batch, "front")["xyz"], full["xyz"])
 
 
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_policy_trained_with_augmentation_acts_on_its_own_keys(modality):
+    """A simulator renders only what `observation_keys` names: depth alone comes without its camera."""
+    augment = AugmentConfig(shift=2, crop=(20, 20), brightness=0.2, camera_translation=0.02)
+    policy = make_policy(modality=modality, augment=augment).train()
+    policy(make_batch())[0].backward()
+    keys = (*policy.observation_keys, "task")
+    assert policy.select_action({key: observation()[key] for key in keys}).shape == (3, 7)
+
+
 def test_augmentation_reaches_pictures_and_points_in_training_only():
     still_state = {"frame_state": {}, "frame_action": {}}
     policy = make_policy(augment=AugmentConfig(frame_translation=0.1, brightness=0.3), **still_state)
