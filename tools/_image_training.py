@@ -18,7 +18,6 @@ from vilma.training import (
     ScheduleConfig,
     TrainerConfig,
     backward_memory,
-    describe_idle,
     describe_plan,
 )
 from vilma.training.checkpoint import replace_text
@@ -145,14 +144,12 @@ def plan(run: ImageRunConfig, processes: int) -> list[str]:
         return {"image": images, "label": torch.arange(samples) % run.model.num_classes}
 
     with warnings.catch_warnings(action="ignore"):
-        saved = backward_memory(classifier, blank, run.train.precision)
+        saved = backward_memory(classifier, blank, run.train.precision, compute=False)
     lines = describe_plan(
         classifier, run.train, run.optim, run.schedule, run.ema, processes=processes, saved=saved
     )
-    note = describe_idle(classifier)
     return [
         f"{run.model.name} at {size} px, {run.model.num_classes} classes; effective batch "
         f"{run.train.batch_size}, peak learning rate {run.optim.lr:g}, {run.train.steps:,} steps",
         *lines,
-        *([note] if note else []),
     ]

@@ -180,10 +180,13 @@ class Classifier(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         labels = batch["label"]
         images, targets = self.normalize(batch["image"]), labels
-        if self.training and "seed" in batch:
+        drawn = self.training and "seed" in batch
+        if drawn:
             set_draws(self.drop_paths, batch["seed"], images.device)
-            if self.mixer is not None:
-                images, targets = self.mixed(images, labels, batch["seed"])
+        if self.mixer is not None and drawn:
+            images, targets = self.mixed(images, labels, batch["seed"])
+        elif self.mixer is not None:
+            targets = F.one_hot(labels, len(self.classes)).float()
         output = self.backbone(images)
         loss = self.criterion(output.float(), targets)
         logs = {"accuracy": (output.detach().argmax(1) == labels).float().mean()}

@@ -1,5 +1,7 @@
 """What a run will take, told before it begins: samples, schedule, memory and disk. Nothing is trained."""
 
+import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -78,28 +80,53 @@ def describe_plan(
 
 
 def backward_memory(
-    model: nn.Module, batch: Callable[[int], Mapping[str, Any]], precision: str = "fp32"
+    model: nn.Module,
+    batch: Callable[[int], Mapping[str, Any]],
+    precision: str = "fp32",
+    compute: bool = True,
 ) -> tuple[float, float]:
     """Bytes that ``model`` keeps for its backward pass: whatever the batch, and for each sample.
 
     Measured with ``batch(2)`` and ``batch(4)``. Parameters and buffers are not counted, but copies of them in
     another precision are. The backward passes run too, so that gradients are there to be looked at.
+    ``compute`` false leaves out the numbers (seconds for any size): for a model that never reads a value.
     """
-    two, four = (_kept(model, batch(samples), precision) for samples in (2, 4))
+    with contextlib.ExitStack() as stack:
+        if not compute:
+            from torch._subclasses import FakeTensorMode
+
+            mode = FakeTensorMode()
+            model = _faked(model, mode)
+            stack.enter_context(mode)
+        two, four = (_kept(model, batch(samples), precision) for samples in (2, 4))
     each = (four - two) / 2
     return max(two - 2 * each, 0.0), each
 
 
+def _faked(model: nn.Module, mode: Any) -> nn.Module:
+    """A copy of ``model`` with the shapes and types of its tensors, and none of their values."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                value = mode.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else mode.from_tensor(buffer)
+    return model
+
+
 def _kept(model: nn.Module, batch: Mapping[str, Any], precision: str) -> int:
     """Bytes of the storages that autograd saves in one forward pass."""
-    weights = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    # Not data_ptr: a storage without values has none.
+    weights = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     sizes: dict[int, int] = {}
     held = []  # so that no address is used again
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and storage.data_ptr() not in sizes:
-            sizes[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights and storage._cdata not in sizes:
+            sizes[storage._cdata] = storage.nbytes()
             held.append(tensor)
         return tensor
 
