@@ -104,7 +104,7 @@ def rnn(
 
 
 def rnn_step(
-    wx: Tensor,
+    wx_t: Tensor,
     r: Tensor,
     b: Tensor | None = None,
     state: Sequence[Tensor] | None = None,
@@ -115,29 +115,29 @@ def rnn_step(
     """One step of `rnn`.
 
     Args:
-        wx: (B, G, H, D) input projections of this step.
+        wx_t: (B, G, H, D) input projections of this step.
         state: the states before this step; zero when None.
         r, b, cell, backend: as in `rnn`.
 
     Returns:
-        h (B, H, D) in wx's dtype and the next states (new tensors; the given ones are not changed). Where a
+        h (B, H, D) in wx_t's dtype and the next states (new tensors; the given ones are not changed). Where a
         gradient is needed the step is taken with torch's own operators, whatever the backend.
     """
-    _check(wx, r, b, cell, backend, sequence=False)
+    _check(wx_t, r, b, cell, backend, sequence=False)
     if state is not None:
-        state = _check_state(state, wx, cell)
+        state = _check_state(state, wx_t, cell)
     given = _four(state)
-    if backend != "naive" and not _needs_grad(wx, r, b, *given):
-        h, *rest = torch.ops.vilma.rnn_step(wx, r, b, *given, cell, backend)
+    if backend != "naive" and not _needs_grad(wx_t, r, b, *given):
+        h, *rest = torch.ops.vilma.rnn_step(wx_t, r, b, *given, cell, backend)
         return h, tuple(rest[: len(CELLS[cell].states)])
     if not torch.compiler.is_compiling() and backend not in ("auto", "naive"):
-        backend_for(backend, wx)  # raises where one that was forced cannot run
-    acc = accumulation_dtype(wx)
-    with no_autocast(wx):
+        backend_for(backend, wx_t)  # raises where one that was forced cannot run
+    acc = accumulation_dtype(wx_t)
+    with no_autocast(wx_t):
         b = None if b is None else b.to(acc)
-        state = rnn_step_naive(wx.to(acc), r.to(acc), b, state or _zero_state(wx, cell), cell, None)
+        state = rnn_step_naive(wx_t.to(acc), r.to(acc), b, state or _zero_state(wx_t, cell), cell, None)
     # a state is nobody's h: neither may change with the other
-    return state[0].to(wx.dtype, copy=True), state
+    return state[0].to(wx_t.dtype, copy=True), state
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
