@@ -72,9 +72,8 @@ def play(policy: Any, name: str, seed: int) -> tuple[list[dict[str, Any]], np.nd
         policy.seed_rows([0], [seed])
         done = False
         while not done:
-            batch = {k: [v] if isinstance(v, str) else v[None] for k, v in observation.items()}
             observations.append({k: v if isinstance(v, str) else v.copy() for k, v in observation.items()})
-            actions.append(policy.select_action(batch)[0].numpy())
+            actions.append(policy.select_action(observation).numpy())
             observation, _, terminated, truncated, _ = env.step(actions[-1])
             done = terminated or truncated
     finally:

@@ -26,8 +26,7 @@ def play(policy, env, seed: int) -> bool:
     policy.reset()
     policy.seed_rows([0], [seed])
     while True:
-        batch = {k: [v] if isinstance(v, str) else v[None] for k, v in observation.items()}
-        action = policy.select_action(batch)[0].numpy()
+        action = policy.select_action(observation).numpy()
         env.render_cameras = policy.needs_observation(1)[0]
         observation, _, terminated, truncated, info = env.step(action)
         if terminated or truncated:
@@ -42,6 +41,7 @@ def test_it_lifts_the_cube():
     env = vilma.envs.make("robosuite/Lift", size=84, seed=0, placement=0.12)
     try:
         policy = load_policy(FOLDER)
-        assert sum(play(policy, env, seed) for seed in (7, 8, 9)) >= 2
+        won = [play(policy, env, seed) for seed in (7, 8)]
+        assert all(won) or (any(won) and play(policy, env, 9))
     finally:
         env.close()
