@@ -5,6 +5,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -70,6 +71,20 @@ def test_errors():
         bench.measure([Contender("a", lambda: x, [x])] * 2)
     with pytest.raises(ValueError, match="backward"):
         bench.measure([Contender("a", lambda: x, [x])], modes=("backward",))
+
+
+def test_weighing_leaves_nothing_behind():
+    x = torch.randn(100, requires_grad=True)
+    results = []
+
+    def forward():
+        y = x.exp()  # keeps its own result
+        results.append(weakref.ref(y))
+        return y
+
+    assert bench.kept_bytes(forward, [x]) == 400
+    gc.collect()
+    assert results[0]() is None
 
 
 def test_kept_bytes():

@@ -40,7 +40,7 @@ EXTREME = 2e-4  # float32 with gates of +-30
 LOOSER = {"dm0": 2, "dn0": 2}  # sums over all features that cancel, of rounded products
 RNN_BFLOAT16 = 2e-2  # h is rounded to bfloat16 at every step
 BYTES_PER_SECOND = 3.0e12  # an H100's, of every floor; what the device itself copies stands in the JSON file
-SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "rnn", "vil", "policy", "peers", "compiled")
+SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "rnn", "vil", "policy", "peers", "compiled", "tiles")
 PEERS = ("mlstm-kernels", "flash-linear-attention", "flashrnn", "mamba-ssm", "timm")
 TOKENS = 65_536
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="vilma bench-gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS[:-1])
     parser.add_argument("--minutes", type=float, default=9.5, help="stop starting things after this long")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="of the checks")
     parser.add_argument("--json", type=Path, default=Path("bench_gpu.json"), metavar="FILE")
@@ -552,6 +552,28 @@ def bench_policy(run: Run) -> None:
         run.add("policy", "training, CALVIN cat", **figures)
 
 
+def bench_tiles(run: Run) -> None:
+    """Candidates for the tile table; only where it is asked for. They are compiled side by side first."""
+    from vilma.tools import _gpu_tiles
+
+    if run.toy:
+        return
+    processes = min(14, os.cpu_count() or 1)
+    for name in _gpu_tiles.SHAPES:
+        if not run.left(f"tiles {name}", 60):
+            continue
+        code = "import sys, torch; from vilma.tools._gpu_tiles import sweep; list(sweep({!r}, {}, ({}, {})))"
+        where = "torch.device('cuda')"
+        workers = [
+            subprocess.Popen([sys.executable, "-c", code.format(name, where, index, processes)])
+            for index in range(processes)
+        ]
+        for worker in workers:
+            worker.wait()
+        for row in _gpu_tiles.sweep(name, run.device):
+            run.add("tiles", row.pop("shape"), **row)
+
+
 def bench_compiled(run: Run) -> None:
     """Models through torch.compile, last: compiling takes minutes."""
     from vilma.tools import _gpu_policy
@@ -627,6 +649,7 @@ BENCHES: dict[str, Callable[[Run], None]] = {
     "policy": bench_policy,
     "peers": bench_peers,
     "compiled": bench_compiled,
+    "tiles": bench_tiles,
 }
 
 

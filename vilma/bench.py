@@ -321,13 +321,13 @@ def kept_bytes(forward: Callable[[], Any], inputs: "Sequence[Tensor]" = ()) -> i
     import torch
 
     given = {x.untyped_storage().data_ptr() for x in inputs}
-    kept: dict[int, tuple[int, Tensor]] = {}
+    kept: dict[int, tuple[int, Any]] = {}
 
     def pack(x: "Tensor") -> "Tensor":
         storage = x.untyped_storage()
         if storage.data_ptr() not in given:
-            kept[storage.data_ptr()] = storage.nbytes(), x  # holding x keeps the address its own
-        return x
+            kept[storage.data_ptr()] = storage.nbytes(), storage  # holding it keeps the address its own
+        return x.detach()  # a result that knows its own graph would keep both alive for ever
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         output = forward()
