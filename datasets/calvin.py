@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calvin_tree import CAMERAS, CalvinTree, camera_intrinsic, camera_poses
+from .calvin_tree import CAMERAS, CalvinTree, camera_intrinsic, camera_poses, usable_depth
 
 __all__ = ["CalvinConfig", "CalvinDataset"]
 
@@ -99,7 +99,7 @@ class CalvinDataset(torch.utils.data.Dataset):
                 pixels = torch.from_numpy(found[f"rgb_{camera}"]).movedim(-1, -3)
                 sample[f"observation.images.{camera}"] = pixels
             if self.config.depth:
-                depth = found[f"depth_{camera}"].astype(np.float32)
+                depth = usable_depth(camera, found[f"depth_{camera}"])
                 matrix = np.broadcast_to(camera_intrinsic(camera), (len(seen), 3, 3)).copy()
                 sample[f"observation.depth.{camera}"] = torch.from_numpy(depth)
                 sample[f"observation.intrinsics.{camera}"] = torch.from_numpy(matrix)

@@ -15,7 +15,7 @@ import numpy as np
 
 from vilma.extras import require
 
-from .calvin_tree import CAMERAS, CalvinTree, Segment, camera_intrinsic, camera_poses
+from .calvin_tree import CAMERAS, CalvinTree, Segment, camera_intrinsic, camera_poses, usable_depth
 from .robomimic_writer import file_attributes, finished_parts, merge, parts_folder, remove_parts, write_part
 
 __all__ = [
@@ -74,7 +74,7 @@ def pack_segment(
                     "camera matrices would be wrong"
                 )
         obs[f"{camera}_image"] = found[f"rgb_{camera}"]
-        obs[f"{camera}_depth"] = found[f"depth_{camera}"].astype(np.float32)
+        obs[f"{camera}_depth"] = usable_depth(camera, found[f"depth_{camera}"])
         obs[f"{camera}_intrinsic"] = camera_intrinsic(camera)
         obs[f"{camera}_extrinsic"] = camera_poses(camera, found["robot_obs"])
     checksums = {name: _checksum(value) for name, value in obs.items() if not name.endswith("_intrinsic")}

@@ -21,6 +21,7 @@ __all__ = [
     "camera_poses",
     "gripper_pose",
     "load_annotations",
+    "usable_depth",
 ]
 
 SPLITS = ("training", "validation")
@@ -87,6 +88,12 @@ def gripper_pose(joints: np.ndarray) -> np.ndarray:
     # The camera looks along the link's y axis; its picture's x is -x of the link, its y (down) is z.
     pose = pose @ np.array([[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
     return pose.astype(np.float32)
+
+
+def usable_depth(camera: str, depth: np.ndarray) -> np.ndarray:
+    """Depth (..., H, W) float32 in metres, 0 where the ray met nothing before the far plane."""
+    depth = np.asarray(depth, np.float32)
+    return np.where(depth < CAMERAS[camera].far * (1 - 1e-6), depth, np.float32(0))
 
 
 def _look_at(eye: np.ndarray, forward: np.ndarray, up: np.ndarray) -> np.ndarray:
