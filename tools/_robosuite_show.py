@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vilma.evaluation import wilson_interval
-from vilma.tools._robosuite_table import CELLS, SHIFT, Setting
+from vilma.tools._robosuite_table import CELLS, SHIFT, SHIFT_ALONE, Setting
 
 __all__ = ["camera_shift", "compare", "mcnemar", "pooled", "show"]
 
@@ -18,7 +18,8 @@ def show(made: Figures) -> str:
     """Markdown of the whole table. made: the content of the cells' files, by cell name."""
     settings = list(dict.fromkeys(cell.setting for cell in CELLS))
     parts = [
-        _camera_table(made) if setting is SHIFT else _modality_table(setting, made) for setting in settings
+        _camera_table(setting, made) if setting in (SHIFT, SHIFT_ALONE) else _modality_table(setting, made)
+        for setting in settings
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -74,12 +75,12 @@ def compare(setting: Setting, made: Figures) -> list[tuple[str, str, int, int, f
     return [(*pair, value) for pair, value in zip(pairs, adjusted)]
 
 
-def camera_shift(made: Figures, centimetres: int) -> dict[str, dict[str, float]]:
+def camera_shift(made: Figures, centimetres: int, setting: Setting = SHIFT) -> dict[str, dict[str, float]]:
     """Modality -> {"" or "reposed": successes lost by the shift, of a hundred episodes}, where run."""
     lost: dict[str, dict[str, float]] = {}
     for cell in CELLS:
         still, moved = made.get(cell.name), made.get(f"{cell.name}_{centimetres}cm")
-        if cell.setting is SHIFT and not cell.moved and still and moved:
+        if cell.setting is setting and not cell.moved and still and moved:
             rates = [figures["successes"] / figures["episodes"] for figures in (still, moved)]
             lost.setdefault(cell.modality, {})[cell.variant] = 100 * (rates[0] - rates[1])
     return lost
@@ -120,28 +121,33 @@ def _modality_table(setting: Setting, made: Figures) -> str:
 
 
 def _differences(pairs: Sequence[tuple[str, str, int, int, float, float]]) -> str:
+    """A line for every row that is better than others, the most wins first."""
     if not pairs:
         return ""
-    clear = [pair for pair in pairs if pair[5] < SIGNIFICANT]
-    said = [
-        f"{one} over {other} ({ours} to {theirs} of the episodes that one of them won, p {_p(value)})"
-        for one, other, ours, theirs, _, value in clear
-    ]
+    beaten: dict[str, list[str]] = {}
+    for one, other, ours, theirs, _, value in pairs:
+        if value < SIGNIFICANT:
+            beaten.setdefault(one, []).append(f"{other} {ours}:{theirs}")
+    found = sum(map(len, beaten.values()))
     count = f"{len(pairs)} pair{'s' if len(pairs) > 1 else ''}"
-    return (
-        f"\n\nSignificant of {count} (exact McNemar test on the same episodes, Holm's correction): "
-        f"{'; '.join(said) if said else 'none'}."
+    head = (
+        f"\n\nSignificant: {found} of {count} (exact McNemar test on the same episodes, Holm's correction, "
+        f"p < {SIGNIFICANT}){':' if found else '.'}"
     )
+    if not found:
+        return head
+    lines = [f"- {one} over {', '.join(others)}" for one, others in beaten.items()]
+    return f"{head}\n\n" + "\n".join(sorted(lines, key=lambda line: -line.count(":")))
 
 
-def _camera_table(made: Figures) -> str:
-    head = _head(SHIFT, made)
-    trainings = [cell for cell in CELLS if cell.setting is SHIFT and not cell.moved]
-    if not any(cell.name in made for cell in CELLS if cell.setting is SHIFT):
+def _camera_table(setting: Setting, made: Figures) -> str:
+    head = _head(setting, made)
+    trainings = [cell for cell in CELLS if cell.setting is setting and not cell.moved]
+    if not any(cell.name in made for cell in CELLS if cell.setting is setting):
         return head
     columns = ["modality", "trained", "0 cm", "5 cm", "10 cm", "lost at 5 cm", "lost at 10 cm"]
     lines = [columns, ["---"] * len(columns)]
-    lost = {centimetres: camera_shift(made, centimetres) for centimetres in (5, 10)}
+    lost = {centimetres: camera_shift(made, centimetres, setting) for centimetres in (5, 10)}
     for cell in sorted(trainings, key=lambda cell: (cell.modality, cell.variant)):
         found = [made.get(f"{cell.name}{suffix}") for suffix in ("", "_5cm", "_10cm")]
         values = [lost[n].get(cell.modality, {}).get(cell.variant) for n in (5, 10)]
@@ -154,10 +160,10 @@ def _camera_table(made: Figures) -> str:
             ]
         )
     text = f"{head}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return text + "".join(f"\n\n{line}" for line in _claims(lost[5], made))
+    return text + "".join(f"\n\n{line}" for line in _claims(setting, lost[5], made))
 
 
-def _claims(lost: Mapping[str, Mapping[str, float]], made: Figures) -> list[str]:
+def _claims(setting: Setting, lost: Mapping[str, Mapping[str, float]], made: Figures) -> list[str]:
     """Whether re-posing halves what a shift of 5 cm costs, for each modality that has both."""
     lines = []
     for modality, values in lost.items():
@@ -167,7 +173,7 @@ def _claims(lost: Mapping[str, Mapping[str, float]], made: Figures) -> list[str]
                 said = "nothing was lost without it, so there is nothing to halve"
             else:
                 said = "at most half: met" if reposed <= plain / 2 else "at most half: missed"
-            names = [f"shift_{modality}{variant}_seed0_5cm" for variant in ("-reposed", "")]
+            names = [f"{setting.name}_{modality}{variant}_seed0_5cm" for variant in ("-reposed", "")]
             wins = [f"{made[name]['successes']}/{made[name]['episodes']}" for name in names]
             value = mcnemar(*(made[name]["outcomes"] for name in names))[2]
             lines.append(

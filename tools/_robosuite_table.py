@@ -1,6 +1,7 @@
 """What the robosuite table consists of: settings and cells, and how each is made."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -164,27 +165,49 @@ LIFT = Setting(
 STACK = Setting("stack", "Stack", "Stack", "configs/policies/table_stack.yaml", demos=100)
 CAN = Setting("can", "PickPlaceCan", "PickPlaceCan", "configs/policies/table_can.yaml", demos=50)
 
-# Of two cameras the one on the wrist would always see the cube from where it was in training: with it, RGB
-# alone can do without geometry. Here all is seen by one camera that stands somewhere else in every episode.
+# The agentview camera stands somewhere else in every episode; the one on the wrist stays on it.
+_MOVED = {"placement": 0.12, "camera_jitter": [0.1, 10.0], "distractors": 3}
 MOVED = Setting(
     "moved",
-    "Lift, camera moved by up to 10 cm and 10 degrees, three cubes of other colours",
+    "Lift, agentview moved by up to 10 cm and 10 degrees, three cubes of other colours",
     "Lift",
     "configs/policies/table_moved.yaml",
     demos=100,
-    environment={"placement": 0.12, "camera_jitter": [0.1, 10.0], "distractors": 3},
-    cameras=("agentview",),
+    environment=_MOVED,
 )
 SHIFT = Setting(
     "shift",
-    "Lift, camera at rest in training",
+    "Lift, agentview at rest in training",
     "Lift",
     "configs/policies/table_moved.yaml",
     demos=100,
     environment={"placement": 0.12},
-    cameras=("agentview",),
 )
-REPOSED = {"augment": {"camera_translation": 0.12, "camera_rotation": 5.0, "repose_probability": 0.8}}
+# The same seen by agentview alone: no camera that sees the cube from where it was in training.
+_ALONE = ("agentview",)
+MOVED_ALONE = Setting(
+    "alone_moved",
+    "Lift, agentview alone, moved by up to 10 cm and 10 degrees, three cubes of other colours",
+    "Lift",
+    "configs/policies/table_alone.yaml",
+    demos=100,
+    environment=_MOVED,
+    cameras=_ALONE,
+)
+SHIFT_ALONE = Setting(
+    "alone_shift",
+    "Lift, agentview alone, at rest in training",
+    "Lift",
+    "configs/policies/table_alone.yaml",
+    demos=100,
+    environment={"placement": 0.12},
+    cameras=_ALONE,
+)
+_REPOSED = {"camera_translation": 0.12, "camera_rotation": 5.0, "repose_probability": 0.8}
+REPOSED = {
+    SHIFT: {"augment": {**_REPOSED, "repose_cameras": ["agentview"]}},
+    SHIFT_ALONE: {"augment": _REPOSED},
+}
 
 # Points can be written in a displaced frame, with the state's position (actions are displacements, which stay
 # what they are): a cube somewhere else for nothing, which images cannot have. Theirs is a shift of pixels.
@@ -209,15 +232,16 @@ def _cells() -> tuple[Cell, ...]:
     cells += [Cell(LIFT, "rgb", seed, variant="shifted", changes=SHIFTED) for seed in (0, 1)]
     cells += [Cell(STACK, modality, 0) for modality in ("rgb", "cat")]
     cells += [Cell(STACK, "cat", 0, **displaced)]
-    cells += [Cell(MOVED, modality, 0) for modality in three]
-    cells += [Cell(MOVED, modality, 0, **displaced) for modality in ("xyz", "cat")]
     # All trainings before the evaluations that share them.
-    for centimetres in (0, 5, 10):
+    for setting, centimetres in itertools.product((SHIFT, SHIFT_ALONE), (0, 5, 10)):
         moved = {"moved": f"{centimetres}cm", "environment": {"camera_shift": centimetres / 100}}
         moved = moved if centimetres else {}
         for modality in ("cat", "xyz", "rgb"):
-            cells += [Cell(SHIFT, modality, 0, **moved)]
-            cells += [Cell(SHIFT, modality, 0, variant="reposed", changes=REPOSED, **moved)]
+            cells += [Cell(setting, modality, 0, variant="reposed", changes=REPOSED[setting], **moved)]
+            cells += [Cell(setting, modality, 0, **moved)]
+    for setting in (MOVED, MOVED_ALONE):
+        cells += [Cell(setting, modality, 0) for modality in three]
+        cells += [Cell(setting, modality, 0, **displaced) for modality in ("xyz", "cat")]
     cells += [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in second]
     others = [modality for modality in MODALITIES if modality not in ("rgb", "cat")]
     cells += [Cell(STACK, modality, 0, is_optional=True) for modality in others]

@@ -136,9 +136,8 @@ def test_pairs_pool_the_seeds_that_both_have():
     low, high = wilson_interval(20, 50)
     assert f"| rgb | 20/50 ({100 * low:.0f} to {100 * high:.0f} %) | 10/50" in text and "30/100 (" in text
     assert "| cat | 45/50" in text and "not run | not run |" in text
-    assert (
-        "Significant of 2 pairs" in text and "cat over rgb (25 to 0 " in text and "rgb over xyz" not in text
-    )
+    assert "Significant: 1 of 2 pairs" in text and "- cat over rgb 25:0\n" in text
+    assert "rgb over xyz" not in text
     assert f"**{table.CAN.title}**: not run" in text
 
 
