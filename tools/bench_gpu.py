@@ -52,6 +52,7 @@ class Run:
     device: torch.device
     until: float
     toy: bool
+    copy_rate: float = BYTES_PER_SECOND  # of the device itself
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return check_shard(*map(int, options.shard.split("/")), run)
     facts = describe(device, PEERS) | {"commit": source_commit(), "dry_run": options.dry_run}
     if device.type == "cuda":
-        facts["copy_terabytes_per_second"] = round(copy_rate(device) / 1e12, 2)
+        run.copy_rate = copy_rate(device)
+        facts["copy_terabytes_per_second"] = round(run.copy_rate / 1e12, 2)
     print(json.dumps(facts), flush=True)
     wrong = 0
     if "check" in options.sections:
@@ -438,7 +440,7 @@ def _mamba2(run: Run, shape: bench_mlstm.Shape) -> Iterator[Contender]:
 
 
 def bench_step(run: Run) -> None:
-    """One step in a CUDA graph, so that only the GPU's own time counts, and its share of the memory roof."""
+    """One step in a CUDA graph, so that only the GPU's own time counts, and its share of what a copy moves."""
     shapes = {"7B": (8, 256, 512), "policy 8 x 64": (8, 64, 64), "policy 4 x 256": (4, 256, 256)}
     for (name, (heads, dim_qk, dim_v)), batch in itertools.product(shapes.items(), (1, 8, 64)):
         if run.toy and (name, batch) != ("policy 8 x 64", 1):
@@ -451,7 +453,7 @@ def bench_step(run: Run) -> None:
         took, issue = _captured(run, functools.partial(mlstm_step, *x, state, backend="triton"))
         moved = 2 * 4 * batch * heads * dim_qk * (dim_v + 1)
         figures = {"microseconds": took * 1e6, "issue_microseconds": issue * 1e6}
-        run.add("step", f"{name}, batch {batch}", of_roof=moved / took / BYTES_PER_SECOND, **figures)
+        run.add("step", f"{name}, batch {batch}", of_roof=moved / took / run.copy_rate, **figures)
 
 
 def bench_rnn(run: Run) -> None:
