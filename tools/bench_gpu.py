@@ -440,7 +440,7 @@ def _mamba2(run: Run, shape: bench_mlstm.Shape) -> Iterator[Contender]:
 
 
 def bench_step(run: Run) -> None:
-    """One step in a CUDA graph, so that only the GPU's own time counts, and its share of what a copy moves."""
+    """One step in a CUDA graph, so that only the device's time counts, beside what a copy moves."""
     shapes = {"7B": (8, 256, 512), "policy 8 x 64": (8, 64, 64), "policy 4 x 256": (4, 256, 256)}
     for (name, (heads, dim_qk, dim_v)), batch in itertools.product(shapes.items(), (1, 8, 64)):
         if run.toy and (name, batch) != ("policy 8 x 64", 1):
