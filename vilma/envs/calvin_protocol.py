@@ -169,9 +169,12 @@ def rules(task: str) -> tuple[tuple[dict, dict], ...]:
 
 
 def is_valid(condition: Mapping[str, int | str], tasks: Sequence[str]) -> bool:
-    """Whether these tasks can be done one after the other, each in exactly one way, none of one group."""
-    if len({group(task) for task in tasks}) < len(tasks):
-        return False
+    """Whether these may be a chain: `is_possible`, and no two of one group."""
+    return len({group(task) for task in tasks}) == len(tasks) and is_possible(condition, tasks)
+
+
+def is_possible(condition: Mapping[str, int | str], tasks: Sequence[str]) -> bool:
+    """Whether these tasks can be done one after the other, each in exactly one way."""
     state = dict(condition)
     for task in tasks:
         possible = [effect for needs, effect in rules(task) if _holds(state, needs)]
