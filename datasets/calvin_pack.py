@@ -38,7 +38,10 @@ class Shard(NamedTuple):
     segments: tuple[int, ...]
 
     def request(self, tree: CalvinTree, cameras: Sequence[str]) -> dict[str, Any]:
-        """What identifies its content: a shard that was begun for something else is an error."""
+        """What identifies its content: a shard that was begun for something else is an error.
+
+        Whether pixels are compressed is no part of it: that changes no value.
+        """
         return {
             "format": 1,
             "split": tree.name,
@@ -58,7 +61,12 @@ def plan_shards(out: Path, count: int, size: int) -> list[Shard]:
 
 
 def pack_segment(
-    tree: CalvinTree, shard: Shard, number: int, segment: Segment, cameras: Sequence[str]
+    tree: CalvinTree,
+    shard: Shard,
+    number: int,
+    segment: Segment,
+    cameras: Sequence[str],
+    compress: bool = False,
 ) -> int:
     """Write one segment as a part of its shard; returns its number of frames."""
     keys = [f"{kind}_{camera}" for camera in cameras for kind in ("rgb", "depth")]
@@ -91,6 +99,7 @@ def pack_segment(
             "frames": [segment.start, segment.end],
             "checksums": checksums,
         },
+        compress=compress,
     )
     return len(segment)
 
