@@ -7,7 +7,11 @@ from pathlib import Path
 
 # Suite -> its module, which has STEPS (how to install it, in words and commands) and
 # checks(source: Path | None) -> an iterable of vilma.envs.installation.Check.
-SUITES = {"calvin": "vilma.envs.calvin_install"}
+SUITES = {
+    "calvin": "vilma.envs.calvin_install",
+    "libero": "vilma.envs.libero_install",
+    "robocasa": "vilma.envs.robocasa_install",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
