@@ -239,6 +239,22 @@ def test_on_the_gpu():
     assert bench.describe("cuda")["runtime"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_peak_memory_on_a_cpu():
+    x = torch.randn(1 << 21, requires_grad=True)
+    size = 4 * x.numel()
+    contenders = [
+        Contender("three", lambda: (x + 1) * (x + 2), [x]),
+        Contender("one", lambda: x.detach().square(), []),
+    ]
+    results = bench.measure(contenders, rounds=1)
+    assert abs(results["three"].peak_bytes[FORWARD] - 3 * size) < 0.1 * size
+    assert abs(results["one"].peak_bytes[FORWARD] - size) < 0.1 * size
+    # the output and both sums, then the gradient of the output and of a sum
+    assert results["three"].peak_bytes[BOTH] > 3.9 * size
+    assert results["three"].record()["peak_bytes"] == results["three"].peak_bytes
+
+
 def test_importing_it_is_light():
     code = "import sys, vilma.bench; print(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,6 +21,7 @@ torch is imported when something is measured, not with this module.
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -120,7 +121,8 @@ class Result:
     Args:
         times: by mode. ``forward`` runs under no_grad; ``forward+backward`` takes the gradient of all inputs,
             for an upstream gradient that was drawn before.
-        peak_bytes: by mode, CUDA only: most memory allocated at once beyond what was there before the call.
+        peak_bytes: by mode: most memory in use at once beyond what was there before the call. CUDA: what was
+            allocated; CPU (Linux): what was resident, compiled work spaces included.
         kept_bytes: see the function of this name.
         error: why it could not run (the backward), in one line.
     """
@@ -191,8 +193,9 @@ def measure(
         errors: dict[str, str] = {}
         for name, timing in interleave(runs[mode], rounds=rounds, device=device, errors=errors).items():
             results[name].times[mode] = timing
-            if device.type == "cuda":
-                results[name].peak_bytes[mode] = _peak_bytes(runs[mode][name], device)
+            peak = _peak_bytes(runs[mode][name], device)
+            if peak is not None:
+                results[name].peak_bytes[mode] = peak
         for name, error in errors.items():
             results[name].error = error
     return results
@@ -407,9 +410,11 @@ def _flat(output: Any) -> "Iterator[Tensor]":
         yield output
 
 
-def _peak_bytes(run: Callable[[], Any], device: "torch.device") -> int:
+def _peak_bytes(run: Callable[[], Any], device: "torch.device") -> int | None:
     import torch
 
+    if device.type != "cuda":
+        return _peak_resident(run)
     gc.collect()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -417,6 +422,25 @@ def _peak_bytes(run: Callable[[], Any], device: "torch.device") -> int:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_resident(run: Callable[[], Any]) -> int | None:
+    """None where the system does not tell it (it is Linux that does)."""
+    process = Path("/proc/self")
+
+    def resident(name: str) -> int:
+        line = next(x for x in (process / "status").read_text().splitlines() if x.startswith(name))
+        return 1024 * int(line.split()[1])
+
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed is resident until it is given back
+        (process / "clear_refs").write_text("5")  # the peak starts again from what is resident now
+        before = resident("VmRSS:")
+    except (AttributeError, OSError, StopIteration):
+        return None
+    run()
+    return max(0, resident("VmHWM:") - before)
 
 
 @contextlib.contextmanager
