@@ -101,7 +101,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
     overrides = ["--train.steps", "20", "--train.checkpoint_every", "20", "--optim.lr", "6e-3"]
     train(tmp_path / "one", *overrides)
     one = losses(tmp_path / "one")
-    assert len(one) == 20 and max(one) - min(one) > 0.1
+    assert len(one) == 20 and max(one) - min(one) > 0.05
     for name, extra in (("ddp", []), ("fsdp2", ["--train.sharding", "fsdp2"])):
         train(tmp_path / name, *overrides, *extra, world=2)
         two = losses(tmp_path / name)
