@@ -88,7 +88,7 @@ def backward_memory(
     """Bytes that ``model`` keeps for its backward pass: whatever the batch, and for each sample.
 
     Measured with ``batch(2)`` and ``batch(4)``. Parameters and buffers are not counted, but copies of them in
-    another precision are. The backward passes run too, so that gradients are there to be looked at.
+    another precision are. One backward pass runs too, in fp32, so that gradients are there to be looked at.
     ``compute`` false leaves out the numbers (seconds for any size): for a model that never reads a value.
     """
     with contextlib.ExitStack() as stack:
@@ -99,6 +99,8 @@ def backward_memory(
             model = _faked(model, mode)
             stack.enter_context(mode)
         two, four = (_kept(model, batch(samples), precision) for samples in (2, 4))
+        if compute:  # bf16 is slow on processors that lack it, and forward passes are enough above
+            model.train()(batch(2))[0].backward()
     each = (four - two) / 2
     return max(two - 2 * each, 0.0), each
 
@@ -133,8 +135,7 @@ def _kept(model: nn.Module, batch: Mapping[str, Any], precision: str) -> int:
     device = next(model.parameters()).device.type
     bf16 = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), bf16:
-        loss, _ = model.train()(batch)
-    loss.backward()
+        model.train()(batch)
     return sum(sizes.values())
 
 
