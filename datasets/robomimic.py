@@ -21,6 +21,7 @@ import torch
 
 from vilma.extras import require
 
+from .hdf5_blocks import Block, find_block
 from .robomimic_writer import (
     ACTION_KINDS,
     GEOMETRY,
@@ -145,6 +146,7 @@ class RobomimicDataset(torch.utils.data.Dataset):
             f"observation.pose.{c}": f"{c}_extrinsic" for c in config.cameras if config.depth
         }
         self._handles: dict[Path, Any] = {}
+        self._blocks: dict[tuple[_Episode, str], Block | None] = {}  # filled as arrays are met
         self._owner = os.getpid()
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._facts: dict[str, Any] = {}
@@ -419,11 +421,20 @@ class RobomimicDataset(torch.utils.data.Dataset):
             self._owner = os.getpid()
         if episode.file not in self._handles:
             self._handles[episode.file] = require("h5py", "robot").File(episode.file, "r")
-        stored = self._handles[episode.file][f"data/{episode.name}/obs/{self._pixel_keys[key]}"]
-        pixels = torch.from_numpy(np.asarray(stored[rows]))
+        file = self._handles[episode.file]
+        descriptor = file.id.get_vfd_handle()
+        block = self._blocks.get((episode, key))
+        if block is None or not isinstance(rows, int):
+            stored = file[f"data/{episode.name}/obs/{self._pixel_keys[key]}"]
+            pixels, dims = np.asarray(stored[rows]), stored.ndim
+            if (episode, key) not in self._blocks:
+                self._blocks[episode, key] = find_block(stored, descriptor)
+        else:
+            pixels, dims = block.read(descriptor, rows), len(block.shape)
+        pixels = torch.from_numpy(pixels)
         if key.startswith("observation.images."):
             return pixels.movedim(-1, -3)
-        return pixels.float().squeeze(-1) if stored.ndim == 4 else pixels.float()
+        return pixels.float().squeeze(-1) if dims == 4 else pixels.float()
 
     def _take(self, key: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows (B, n) of a table as (B, n, ...)."""
