@@ -61,7 +61,7 @@ format: setup
 
 # Exact pins without any index address (numpy 2; nothing in it is built from source).
 lock: setup
-	$(BIN)/uv pip compile pyproject.toml --extra robot --extra metaworld --extra train --extra export --extra dev \
+	$(BIN)/uv pip compile pyproject.toml --extra robot --extra metaworld --extra train --extra export --extra language --extra dev \
 	  --no-emit-index-url --no-header --no-annotate --quiet --output-file requirements.lock
 
 wheel: setup

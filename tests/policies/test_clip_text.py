@@ -1,27 +1,42 @@
-"""CLIP's text encoder behind its cache; the network, with random weights, where open_clip is installed."""
+"""CLIP's text encoder behind its cache; the network has random weights, and open_clip's own tokeniser."""
 
 import importlib.util
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from vilma.policies.clip_text import DIM, ClipTextEncoder
+from vilma.policies import clip_text
+from vilma.policies.clip_text import DIM, MODEL, ClipTextEncoder
 
 needs_clip = pytest.mark.skipif(
     importlib.util.find_spec("open_clip") is None, reason="needs the extra language (open_clip)"
 )
 
 
-@pytest.fixture(scope="module")
-def random_weights(tmp_path_factory):
+# ViT-B/32 with fewer and narrower layers; its vocabulary, context and width of embeddings.
+SMALL = {
+    "embed_dim": DIM,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module", params=["small", pytest.param(MODEL, marks=pytest.mark.long)])
+def random_weights(request, tmp_path_factory):
     open_clip = pytest.importorskip("open_clip")
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "small.json").write_text(json.dumps(SMALL))
+    open_clip.add_model_config(folder / "small.json")
     torch.manual_seed(0)
-    network = open_clip.create_model("ViT-B-32-quickgelu", pretrained=None)
-    file = tmp_path_factory.mktemp("clip") / "random.pt"
-    torch.save(network.state_dict(), file)
-    return file, network.eval(), open_clip.get_tokenizer("ViT-B-32-quickgelu")
+    network = open_clip.create_model(request.param, pretrained=None)
+    torch.save(network.state_dict(), folder / "random.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clip_text, "MODEL", request.param)
+        yield folder / "random.pt", network.eval(), open_clip.get_tokenizer(request.param)
 
 
 @needs_clip
