@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +51,10 @@ class ClipTextEncoder(TextEncoder):
 
     def forward(self, texts: Sequence[str]) -> Tensor:
         return as_gather(texts, self.embed, self._place.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the network: the copy that a moving average keeps never needs it."""
+        return {**self.__dict__, "_network": []}
 
     def embed(self, text: str) -> Tensor:
         """(512,) float32 on the CPU: from memory, from disk, or computed and written to disk."""

@@ -1,5 +1,6 @@
 """CLIP's text encoder behind its cache; the network has random weights, and open_clip's own tokeniser."""
 
+import copy
 import importlib.util
 import json
 import sys
@@ -48,6 +49,8 @@ def test_path_through_open_clip(random_weights, tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(vectors, network.encode_text(tokens(texts)), rtol=1e-4, atol=1e-4)
     assert not list(encoder.parameters()) and not encoder.state_dict()
+    average = copy.deepcopy(encoder)
+    assert not average._network and torch.equal(average(texts), vectors)
     assert len(list(encoder.folder.glob("*.npy"))) == 2
     # Now from disk: neither open_clip nor the weights are needed.
     monkeypatch.setitem(sys.modules, "open_clip", None)
