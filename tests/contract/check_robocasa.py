@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import served
 
 from vilma.datasets.robocasa import open_demos
 from vilma.envs import find_task, make
@@ -31,7 +32,9 @@ def main() -> int:
         status = show(lines(env, mobile, Path(folder)))
     env.close()
     mobile.close()
-    return status
+    options = ("--env.horizon", "12", "--env.scenes", "[[1, 1]]")
+    line = served.evaluate(sys.argv[1], Path(sys.argv[2]), TASK, CAMERAS, "base", *options)
+    return show([line]) or status
 
 
 def lines(env: RoboCasaEnv, mobile: RoboCasaEnv, folder: Path) -> Iterator[Line]:

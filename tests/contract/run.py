@@ -75,11 +75,12 @@ def build(name: str, folder: Path) -> Path:
     suite, python, ready = SUITES[name], folder / "bin" / "python", folder / ".ready"
     if ready.is_file():
         return python
-    uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
+    # Without the settings of this repository, whose pins are those of its own environment.
+    uv = [shutil.which("uv") or str(Path(sys.executable).with_name("uv")), "--no-config"]
     if not python.is_file():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        subprocess.run([uv, "venv", "-q", "--python", version, folder], check=True)
-    install = [uv, "pip", "install", "-q", "--python", str(python)]
+        subprocess.run([*uv, "venv", "-q", "--python", version, folder], check=True)
+    install = [*uv, "pip", "install", "-q", "--python", str(python)]
     if suite.alone:
         subprocess.run([*install, "--no-deps", *suite.alone], check=True)
     if suite.packages:
@@ -101,11 +102,12 @@ def run(python: Path, *arguments: str | Path, **environment: str) -> int:
 
 def robocasa(python: Path, folder: Path) -> int:
     status = run(python, HERE / "robocasa_kitchen.py", folder)
-    return status or run(python, HERE / "check_robocasa.py", PYTHONPATH=str(folder))
+    both = os.pathsep.join((str(folder), str(HERE)))
+    return status or run(python, HERE / "check_robocasa.py", sys.executable, folder, PYTHONPATH=both)
 
 
 def libero(python: Path, folder: Path) -> int:
-    return run(python, HERE / "check_libero.py", sys.executable, folder)
+    return run(python, HERE / "check_libero.py", sys.executable, folder, PYTHONPATH=str(HERE))
 
 
 def robomimic(python: Path, folder: Path) -> int:
