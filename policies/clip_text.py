@@ -104,8 +104,10 @@ class ClipTextEncoder(TextEncoder):
         """Embeddings of other weights must not end up beside those that are there."""
         note = self.folder / "weights.json"
         probe = self._network[0].encode_text(torch.zeros(1, 77, dtype=torch.long))[0, :4].tolist()
-        if not note.is_file():
-            note.write_text(json.dumps({"model": MODEL, "weights": self.weights, "probe": probe}))
+        if not note.is_file():  # several processes of a training may write it at once
+            partial = note.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps({"model": MODEL, "weights": self.weights, "probe": probe}))
+            os.replace(partial, note)
         elif not np.allclose(json.loads(note.read_text())["probe"], probe, rtol=1e-3, atol=1e-4):
             raise ValueError(
                 f"{self.folder} holds embeddings of other weights of the same name: use another cache folder"
