@@ -3,6 +3,7 @@
 The card is `calvin.md`. Needs numpy alone, so that a packing process stays light. T frames of a segment.
 """
 
+import importlib
 import io
 import pickle
 import zipfile
@@ -229,9 +230,8 @@ class _Restricted(pickle.Unpickler):
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         if module.startswith("numpy."):  # numpy's private modules moved between its versions
-            from numpy.core import multiarray, numeric
-
-            return getattr(multiarray if "multiarray" in module else numeric, name)
+            home = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
+            return getattr(importlib.import_module(f"{home}.{module.rpartition('.')[2]}"), name)
         return super().find_class(module, name)
 
 

@@ -1,8 +1,10 @@
 """Pack CALVIN's annotated segments into robomimic HDF5 files, once: parallel, resumable, verified."""
 
 import argparse
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -88,7 +90,9 @@ class Packer:
         damaged: dict[Path, set[int]] = {shard.path: set() for shard in shards}
         frames = sum(len(segment) for segment in self.segments)
         # Not forked: HDF5 and threads do not survive that.
-        pool = ProcessPoolExecutor(self.workers, mp_context=get_context("spawn"))
+        pool = ProcessPoolExecutor(
+            self.workers, mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        )
         with pool, _Progress(frames) as progress:
             running: dict[Future, tuple[str, Shard, int]] = {}
             todo = iter(self._todo(shards, lines, waiting, progress))
@@ -147,6 +151,13 @@ class Packer:
 
     def _finish(self, pool: ProcessPoolExecutor, shard: Shard, damaged: dict[Path, set[int]]) -> Future:
         return pool.submit(finish_shard, self.tree, shard, self.cameras, frozenset(damaged[shard.path]))
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent is killed; else it would wait for work for ever."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
 
 
 class _Progress:

@@ -199,7 +199,7 @@ def conditions() -> list[dict[str, int | str]]:
 
 
 def draw_chains(count: int = CHAINS) -> list[Chain]:
-    """Draw ``count`` chains anew: some ten seconds for 1000. Another count gives other chains, no prefix."""
+    """Draw ``count`` chains anew: a minute for 1000. Another count gives other chains, no prefix."""
     scenes = conditions()
     drawn: list[Chain] = []
     for index, (scene, share) in enumerate(zip(scenes, np.array_split(range(count), len(scenes)))):
