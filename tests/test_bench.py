@@ -28,8 +28,9 @@ def test_a_known_ratio_comes_out():
     found = bench.interleave({"one": work(4), "three": work(12)}, rounds=9)
     assert 2.4 < found["three"].over(found["one"]) < 3.6
     assert found["one"].clock == "cpu" and len(found["one"].samples) == 9
-    # a sample lasts long enough to be read off a clock, and tells the time of one call
-    assert found["one"].calls * found["one"].seconds > 0.5 * bench.SAMPLE_SECONDS
+    # a sample lasts long enough to be read off a clock (the call that told how many to make may have been
+    # several times as slow as the best), and tells the time of one call
+    assert found["one"].calls * found["one"].seconds > 0.2 * bench.SAMPLE_SECONDS
     assert found["one"].seconds == min(found["one"].samples) <= found["one"].median
 
 
