@@ -15,7 +15,7 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap
+.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-calvin check-calvin
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -85,6 +85,20 @@ show-rnn: setup
 
 show-pointmap: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-pointmap
+
+show-calvin: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-calvin
+
+# CALVIN is a clone of calvin_env; its packages go into an environment of their own, beside ours.
+CALVIN_RUN ?= runs/calvin-check
+check-calvin: setup
+	@test -n "$(CALVIN)" || { echo "usage: make check-calvin CALVIN=path (a clone of calvin_env)"; exit 2; }
+	@mkdir -p $(CALVIN_RUN)
+	@test -x $(CALVIN_RUN)/venv/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(CALVIN_RUN)/venv
+	$(VILMA) doctor calvin --requirements > $(CALVIN_RUN)/requirements.txt
+	$(BIN)/uv pip install --quiet --python $(CALVIN_RUN)/venv/bin/python -r requirements.lock -r $(CALVIN_RUN)/requirements.txt
+	$(BIN)/uv pip install --quiet --python $(CALVIN_RUN)/venv/bin/python --no-deps -e .
+	OMP_NUM_THREADS=1 $(CALVIN_RUN)/venv/bin/vilma check-calvin --source $(CALVIN) --out $(CALVIN_RUN) --json docs/results/calvin/check.json
 
 bench: setup
 	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm

@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "vilma.training": TRUNK_FREE,
     "vilma.evaluation": {"vilma.rollout", "vilma.workers"} | TRUNK_FREE,
     "vilma.rollout": {"vilma.evaluation", "vilma.workers"} | TRUNK_FREE,
+    "vilma.chains": {"vilma.evaluation", "vilma.chain_rollout", "vilma.workers"} | TRUNK_FREE,
+    "vilma.chain_rollout": {"vilma.rollout"} | TRUNK_FREE,
     "vilma.workers": TRUNK_FREE,
     "vilma.serving": TRUNK_FREE,
     "vilma.summaries": TRUNK_FREE,

@@ -20,8 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--source", type=Path, metavar="DIR", help="where the public repository of the suite was cloned to"
     )
+    parser.add_argument(
+        "--requirements", action="store_true", help="only print the packages that pip has to install"
+    )
     options = parser.parse_args(arguments)
     module = importlib.import_module(SUITES[options.suite])
+    if options.requirements:
+        print("\n".join(requirement for _, _, requirement in getattr(module, "PACKAGES", ())))
+        return 0
     is_ready = True
     for check in module.checks(options.source):
         missing = "optional" if check.is_optional else "MISSING"

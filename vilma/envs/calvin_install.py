@@ -8,6 +8,7 @@ reading data.
 import importlib.util
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +97,24 @@ def checks(source: Path | None = None) -> Iterator[Check]:
         )
         return
     yield Check("calvin_env", str(root), True)
+    if all(check.ok for check in found):
+        yield _draws(root, "tiny")
+        yield _draws(root, "egl")._replace(is_optional=True)
+
+
+def _draws(root: Path, renderer: str) -> Check:
+    """Build the simulator and draw, in a process of its own: a broken OpenGL ends it without a word."""
+    program = (
+        f"import vilma.envs; env = vilma.envs.make('calvin/D', source={str(root)!r}, renderer={renderer!r}); "
+        "print('drew', env.reset(seed=0)[0]['observation.images.static'].std() > 5)"
+    )
+    name = f"built and drawn ({renderer})"
+    try:
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        return Check(name, "no answer within 300 s", False)
+    if run.returncode == 0 and "drew True" in run.stdout:
+        return Check(name, "yes", True)
+    last = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]
+    remedy = "apt-get install libegl1 libgl1 libgl1-mesa-dri, or a GPU's driver" if renderer == "egl" else ""
+    return Check(name, last, False, remedy)
