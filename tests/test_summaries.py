@@ -1,12 +1,16 @@
 """Intervals against exact values and by their coverage; tables and comparisons of made-up results."""
 
+import json
 import math
 from itertools import product
 
 import numpy as np
 import pytest
 
-from vilma.summaries import bootstrap_interval, compare, environment_of, mcnemar, paired_interval, table
+from vilma.chains import summarize_chains
+from vilma.evaluation import summarize
+from vilma.report import write_report
+from vilma.summaries import compare, environment_of, mcnemar, paired_interval, table
 from vilma.tools import compare as tool
 
 
@@ -23,17 +27,21 @@ def result(name, outcomes, seed=500_000, measure="success", **description):
     }
 
 
-def test_bootstrap_of_a_mean_is_the_normal_interval_and_of_constants_a_point():
-    values = np.random.default_rng(3).normal(2.0, 1.5, 400)
-    low, high = bootstrap_interval(values)
-    margin = 1.96 * values.std() / math.sqrt(400)
-    assert (low, high) == pytest.approx((values.mean() - margin, values.mean() + margin), abs=0.02)
-    assert bootstrap_interval([3, 3, 3]) == (3.0, 3.0)
-    assert bootstrap_interval(values) == (low, high), "the same data give the same interval"
-    low, high = bootstrap_interval(np.stack([values, 2 * values], 1), lambda x: x[..., 1].mean(1))
-    assert low == pytest.approx(2 * (values.mean() - margin), abs=0.04)
-    with pytest.raises(ValueError, match="no values"):
-        bootstrap_interval([])
+def chain_result(lengths):
+    """As `vilma.chains` writes it."""
+    return {
+        "description": {"environment": {"name": "calvin/D"}, "seed": 0},
+        "planned": len(lengths),
+        "summary": summarize_chains([chain(i, n) for i, n in enumerate(lengths)]),
+        "incidents": [],
+        "chains": [chain(i, n) for i, n in enumerate(lengths)],
+    }
+
+
+def chain(index, solved):
+    tasks, steps = ["a", "b", "c", "d", "e"], [9] * min(solved + 1, 5)
+    told = {"tasks": tasks, "solved": solved, "steps": steps}
+    return {"index": index, **told, "outcome": "finished", "seconds": 1.0}
 
 
 def test_the_paired_interval_covers():
@@ -92,8 +100,8 @@ def test_several_tasks_are_resampled_within_each():
     found = compare(list(zip(a, b)))
     assert found.value == 0.5 and found.interval == (0.5, 0.5)
     rng = np.random.default_rng(0)
-    chains = [result("c/D", rng.integers(0, 6, 300).tolist(), measure="length") for _ in range(2)]
-    found = compare([tuple(chains)], "length")
+    chains = [chain_result(rng.integers(0, 6, 300).tolist()) for _ in range(2)]
+    found = compare([tuple(chains)], "solved")
     assert found.interval[0] < found.value < found.interval[1]
     assert found.interval[1] - found.interval[0] == pytest.approx(
         2 * 1.96 * 1.71 * math.sqrt(2 / 300), rel=0.1
@@ -121,8 +129,6 @@ def test_the_table_averages_tasks_groups_and_repeats():
 
 
 def test_the_command_pairs_runs_and_files(tmp_path, capsys):
-    import json
-
     for run, outcomes in (("a", ([1] * 9 + [0], [1] * 10)), ("b", ([1] * 5 + [0] * 5, [0] * 10))):
         (tmp_path / run / "eval").mkdir(parents=True)
         for name, values in zip(("x/A", "x/B"), outcomes):
@@ -139,9 +145,34 @@ def test_the_command_pairs_runs_and_files(tmp_path, capsys):
     files = [str(tmp_path / "a" / "eval" / name) for name in ("A.json", "blank.json")]
     assert tool.main(files) == 0, "a blanked policy beside itself"
     assert "difference +90.0" in capsys.readouterr().out
+    for run, lengths in (("a", [5, 4, 3, 5]), ("b", [5, 1, 3, 2])):
+        (tmp_path / run / "eval" / "calvin_D.json").write_text(json.dumps(chain_result(lengths)))
+    files = [str(tmp_path / run / "eval" / "calvin_D.json") for run in "ab"]
+    assert tool.main(files) == 0
+    out = capsys.readouterr().out
+    assert "4 pairs  A 4.25  B 2.75  difference +1.50 [" in out and "further A 2, B 0" in out
+    with pytest.raises(ValueError, match="episodes have no 'joy'; they have: index, solved"):
+        tool.main([*files, "--measure", "joy"])
     (tmp_path / "c").mkdir()
     with pytest.raises(ValueError, match="no results at"):
         tool.main([str(tmp_path / "a"), str(tmp_path / "c")])
     (tmp_path / "c" / "z.json").write_text(json.dumps(result("x/Z", [1])))
-    with pytest.raises(ValueError, match=r"has x/A, x/B; .* has x/Z"):
+    with pytest.raises(ValueError, match=r"has calvin/D, x/A, x/B; .* has x/Z"):
         tool.main([str(tmp_path / "a"), str(tmp_path / "c")])
+
+
+def test_the_page_shows_groups_and_chains(tmp_path):
+    folder = tmp_path / "run" / "eval"
+    folder.mkdir(parents=True)
+    (folder / "calvin_D.json").write_text(json.dumps(chain_result([5, 4, 3, 0])))
+    page = write_report(tmp_path / "run").read_text()
+    assert "3.00 [" in page and "75.0 [" in page and "4 of 4" in page and "<p>calvin/D</p>" in page
+    for seed in (500_000, 501_000):
+        for task, outcomes in (("Open", [1, 1, 0, 0]), ("Close", [1, 0, 0, 0])):
+            made = result(f"robocasa/{task}", outcomes, seed, environment={"group": "drawers"})
+            made["summary"] = summarize([{**e, "outcome": "failure", "steps": 1} for e in made["episodes"]])
+            made["episodes"] = [{**e, "outcome": "failure", "steps": 1} for e in made["episodes"]]
+            (folder / f"{task}_{seed}.json").write_text(json.dumps(made))
+    page = write_report(tmp_path / "run").read_text()
+    assert "<strong>drawers</strong></td><td>37.5&thinsp;%</td><td>± 0.0</td><td>16</td>" in page
+    assert "Chains of instructions" in page and "cannot be read" not in page

@@ -1,6 +1,7 @@
 """Compare two policies on the same episodes: paired difference with its interval, by task and over all."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("a", metavar="A", type=Path)
     parser.add_argument("b", metavar="B", type=Path)
     parser.add_argument(
-        "--measure", help="a number that every episode has: success (default), or length for chains"
+        "--measure", help="a number that every episode has (default: success; of chains the length, solved)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON too")
     options = parser.parse_args(arguments)
@@ -51,7 +52,7 @@ def find_pairs(a: Path, b: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
         EvaluationError: a path without results, or nothing in common (with what each has).
     """
     if a.is_file() and b.is_file():
-        return [(read_result(a), read_result(b))]
+        return [(read(a), read(b))]
     first, second = results_in(a), results_in(b)
     pairs = [(first[key], second[key]) for key in first if key in second]
     if not pairs:
@@ -63,13 +64,22 @@ def find_pairs(a: Path, b: Path) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     return pairs
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A result of single rollouts, or of chains."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        result = json.loads(path.read_text())
+        if {"description", "chains"} <= set(result):
+            return result
+    return read_result(path)
+
+
 def results_in(path: Path) -> dict[str, dict[str, Any]]:
     """The results of a run, of a folder or of one file, by what a partner must share."""
     folder = path / "eval" if (path / "eval").is_dir() else path
     files = [path] if path.is_file() else sorted(folder.glob("*.json"))
     found = {}
     for file in files:
-        result = read_result(file)
+        result = read(file)
         told = result["description"]
         key = [environment_of(result), sorted(told.get("blank", [])), told.get("seed")]
         found[json.dumps(key, sort_keys=True)] = result
@@ -94,9 +104,8 @@ def by_name(pairs: Sequence[tuple[dict, dict]]) -> dict[str, list[tuple[dict, di
 
 
 def default_measure(pairs: Sequence[tuple[Mapping, Mapping]]) -> str:
-    """The length of chains where every episode has one, else success."""
-    episodes = [e for pair in pairs for result in pair for e in result["episodes"]]
-    return "length" if episodes and all("length" in e for e in episodes) else "success"
+    """How many tasks of a chain were solved, else success."""
+    return "solved" if all("chains" in result for pair in pairs for result in pair) else "success"
 
 
 def describe(difference: Difference) -> str:

@@ -16,6 +16,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from . import report_tables
+
 __all__ = ["read_timings", "record_time", "source_commit", "write_page", "write_report"]
 
 MAX_FILM_BYTES = 40_000_000
@@ -91,10 +93,16 @@ def write_report(
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no run directory {run_dir}")
-    results, unreadable = _read_results(run_dir / "eval")
+    results, chained, unreadable = _read_results(run_dir / "eval")
     best, blanked = _headline(results, headline)
+    grouped = report_tables.by_task(list(results.values()))
+    hero = _hero(best, blanked)
+    if best is None and chained:
+        hero = f'<section class="hero">{report_tables.chain_hero(*next(iter(chained.items())))}</section>'
     sections = [
-        _hero(best, blanked),
+        hero,
+        *([_section("Chains of instructions", report_tables.chains(chained))] if chained else []),
+        *([_section("By task and group", grouped)] if grouped else []),
         _section("Rollouts", _films(run_dir / "eval", best, blanked)),
         _section("What the policy sees", _pictures(run_dir / "pictures")),
         _section("Training", _curves(run_dir / "metrics.jsonl")),
@@ -102,7 +110,8 @@ def write_report(
         _section("Time", _phases(read_timings(run_dir))),
         _section("Facts", _facts(run_dir, facts) + _config(run_dir / "config.yaml")),
     ]
-    environment = best["description"].get("environment", {}) if best else {}
+    first = best or next(iter(chained.values()), None)
+    environment = first["description"].get("environment", {}) if first else {}
     task = environment.get("name", "") if isinstance(environment, Mapping) else ""
     return _write_page(run_dir, str(task), sections)
 
@@ -156,18 +165,26 @@ def _write_whole(path: Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
-def _read_results(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    results, unreadable = {}, []
+def _read_results(
+    folder: Path,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]], list[str]]:
+    """Results of single rollouts, results in chains, and the names of files that are neither."""
+    results, chained, unreadable = {}, {}, []
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text())
             # A file that cannot be drawn alone is named; it must not cost the rest of the page.
+            if "chains" in result and "episodes" not in result:
+                report_tables.chains({path.stem: result})
+                chained[path.stem] = result
+                continue
             _table({path.stem: result}, [])
+            report_tables.by_task([result])
             _hero(result, None)
             results[path.stem] = result
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             unreadable.append(path.name)
-    return results, unreadable
+    return results, chained, unreadable
 
 
 def _headline(

@@ -1,11 +1,11 @@
-"""Figures over several evaluations: tables by task and group, paired differences, bootstrap intervals.
+"""Figures over several evaluations: tables by task and group, paired differences with their intervals.
 
 Works on result files (``vilma.evaluation.read_result``). Episodes of two results that start from the same
 seed in the same environment are a pair; everything that says "paired" rests on that.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 __all__ = [
     "Difference",
     "TaskRow",
-    "bootstrap_interval",
     "compare",
     "environment_of",
     "mcnemar",
@@ -23,36 +22,6 @@ __all__ = [
 
 Z_95 = 1.959963984540054
 RESAMPLES = 10_000
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    statistic: Callable[[np.ndarray], np.ndarray] = lambda resampled: resampled.mean(axis=1),
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile interval of the bootstrap (Efron and Tibshirani 1993, chapter 13), for example of the mean
-    length of chains.
-
-    Args:
-        values: (N,) or (N, K), one row a unit that was drawn independently (an episode, a chain).
-        statistic: of samples (resamples, N[, K]), one number each.
-
-    Raises:
-        ValueError: no values.
-    """
-    values = np.asarray(values, np.float64)
-    if len(values) == 0:
-        raise ValueError("no values to resample")
-    rng, found = np.random.default_rng(seed), []
-    for start in range(0, resamples, 500):
-        chosen = rng.integers(len(values), size=(min(500, resamples - start), len(values)))
-        found.append(np.asarray(statistic(values[chosen])))
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(np.concatenate(found), (tail, 1 - tail))
-    return float(low), float(high)
 
 
 def paired_interval(only_a: int, only_b: int, pairs: int, both: int, z: float = Z_95) -> tuple[float, float]:
@@ -100,7 +69,8 @@ class Difference(NamedTuple):
     """Two policies on the same episodes. ``value`` is the mean of A minus that of B, with its 95 % interval.
 
     Of successes, ``only_a`` and ``only_b`` count the episodes that one of them solved alone, and ``p`` is
-    McNemar's; of other measures (a chain's length) they count the episodes in which one got further.
+    McNemar's; of other measures (a chain's length) they count the episodes in which one got further, and
+    ``p`` is that of the sign test.
     """
 
     measure: str
@@ -123,7 +93,7 @@ def compare(
         pairs: results (A's, B's) of one environment each. With one pair of results the interval of successes
             is Newcombe's; with several (tasks, say) it is a bootstrap over episodes within each of them, as
             also for measures other than success.
-        measure: a key of the episodes: "success", or "length" of chains.
+        measure: a number that every episode has: "success", or "solved" of chains (their length).
 
     Raises:
         ValueError: results of different environments, or no episode in common.
@@ -133,7 +103,7 @@ def compare(
         environments = [environment_of(result) for result in (a, b)]
         if environments[0] != environments[1]:
             raise ValueError(f"results of different environments: {environments[0]} and {environments[1]}")
-        first, second = ({e["seed"]: float(e[measure]) for e in r["episodes"]} for r in (a, b))
+        first, second = (outcomes(result, measure) for result in (a, b))
         common = sorted(first.keys() & second.keys())
         if common:
             strata.append(np.array([[first[seed], second[seed]] for seed in common]))
@@ -159,6 +129,16 @@ def compare(
         only_b,
         mcnemar(only_a, only_b),
     )
+
+
+def outcomes(result: Mapping[str, Any], measure: str) -> dict[int, float]:
+    """Seed of an episode (number of a chain) -> the measure."""
+    rows = result["chains"] if "chains" in result else result["episodes"]
+    try:
+        return {row["seed" if "seed" in row else "index"]: float(row[measure]) for row in rows}
+    except KeyError as error:
+        known = ", ".join(k for k, v in rows[0].items() if isinstance(v, int | float))
+        raise ValueError(f"episodes have no {error}; they have: {known}") from error
 
 
 def _stratified_interval(strata: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float]:
