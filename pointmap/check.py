@@ -16,6 +16,7 @@ from .camera import Camera, as_tensor, check_rigid, invert_rigid, opencv_from_op
 from .depth import depth_problems
 from .point_map import PointMap
 
+_PARTS = ("images", "depth", "intrinsics", "pose")
 _FRAMES = 6  # of a batch that are looked at
 _GRID = 40  # points along each side of a picture whose place in the world is looked at
 
@@ -82,13 +83,11 @@ def geometry_problems(
     names = sorted({key.split(".", 2)[2] for key in batch if _part(key) in ("images", "depth")})
     scenes = {}
     for name in names if cameras is None else cameras:
-        values = {
-            part: as_tensor(batch[f"observation.{part}.{name}"]).detach().cpu()
-            for part in ("depth", "intrinsics", "pose")
-            if f"observation.{part}.{name}" in batch
-        }
-        images, raw = (batch.get(f"observation.{part}.{name}") for part in ("images", "depth"))
+        parts = {part: batch.get(f"observation.{part}.{name}") for part in _PARTS}
+        parts = {part: value for part, value in parts.items() if _is_picture(value)}
+        images, raw = parts.pop("images", None), parts.get("depth")
         images = None if images is None else torch.as_tensor(images)
+        values = {part: as_tensor(value).detach().cpu() for part, value in parts.items()}
         if raw is not None and raw.ndim > 3 and raw.shape[-1] == 1:
             values["depth"] = values["depth"][..., 0]
         problems = {
@@ -105,6 +104,11 @@ def geometry_problems(
     for name, text in _misplaced(scenes, workspace, reference_frame).items():
         found.setdefault(f"observation.pose.{name}", []).append(text)
     return found
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether there is something to look at; the policy says what is wrong with anything else."""
+    return len(getattr(value, "shape", ())) >= 2 and 0 not in value.shape
 
 
 def _part(key: str) -> str:
@@ -191,7 +195,7 @@ def _intrinsics_problems(values: Mapping[str, Tensor], images: Any) -> list[str]
             f"second by the height, {height}"
         ]
     off = max(abs(cx / width - 0.5), abs(cy / height - 0.5))
-    if off > 0.25:
+    if off > 0.24:  # K of half the size is off by a quarter
         other = f"{2 * cy:.0f} x {2 * cx:.0f}"
         return [
             f"the principal point ({cx:.4g}, {cy:.4g}) is far from the centre of {height} x {width} pixels: "

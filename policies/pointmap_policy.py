@@ -297,5 +297,8 @@ class PointMapPolicy(Policy):
         absent = [key for key in (*self.observation_keys, "task") if key not in obs]
         if absent:
             raise ValueError(f"the observation lacks {', '.join(absent)}; it has {', '.join(sorted(obs))}")
-        if isinstance(obs["task"], str):
-            raise ValueError(f"task must be a list of B strings, got the single string {obs['task']!r}")
+        if isinstance(obs["task"], str) or not len(obs["task"]):
+            raise ValueError(f"task must be a list of B strings, got {obs['task']!r}")
+        for key in self.observation_keys:
+            if not isinstance(obs[key], Tensor):
+                raise ValueError(f"{key} must be a tensor (B, To, ...), got {type(obs[key]).__name__}")

@@ -133,6 +133,7 @@ def test_one_camera_tells_opengl_axes_by_gravity_and_a_foreign_frame_by_the_work
         ("images", lambda x: x[:, :, :1], "no three colours"),
         ("images", lambda x: x.float() + 200, "divide by 255"),
         ("intrinsics", lambda k: k * torch.tensor([10, 10, 1.0])[:, None], "480 x 640"),
+        ("intrinsics", lambda k: k * torch.tensor([0.5, 0.5, 1.0])[:, None], "24 x 32"),
         ("intrinsics", lambda k: k * torch.tensor([1 / 64, 1 / 48, 1])[:, None], "fractions of the image"),
         ("intrinsics", lambda k: k.mT, "transposed"),
         ("intrinsics", lambda k: k * torch.tensor([[0.05, 1, 1], [1, 0.05, 1], [1, 1, 1]]), "field of view"),
@@ -195,3 +196,7 @@ def test_parts_of_a_batch_and_named_cameras():
     flat = {key: value[:, 0] for key, value in batch().items() if key.startswith("observation.")}
     assert geometry_problems(flat) == {}, "observations without the time axis are looked at, too"
     assert geometry_problems({key: value.numpy() for key, value in flat.items()}) == {}
+    for useless in (None, "depth", torch.tensor(1.0), torch.ones(3), torch.ones(0, 1, 3, 3)):
+        for key in flat:
+            if useless is None or "state" not in key:
+                assert not {key} & set(geometry_problems(flat | {key: useless})), "it must not raise"

@@ -425,7 +425,10 @@ def test_batches_that_do_not_fit():
         ({"action": batch["action"][:, :5]}, r"action must have shape \(3, 6, 7\), got \(3, 5, 7\)"),
         ({"action": batch["action"][:2]}, r"action must have shape \(3, 6, 7\), got \(2, 6, 7\)"),
         ({"action_is_pad": torch.zeros(3, 5, dtype=torch.bool)}, r"action_is_pad must have shape \(3, 6\)"),
-        ({"task": "lift"}, "task must be a list of B strings, got the single string 'lift'"),
+        ({"task": "lift"}, "task must be a list of B strings, got 'lift'"),
+        ({"task": []}, r"task must be a list of B strings, got \[\]"),
+        ({"observation.depth.wrist": np.ones((3, 1, 24, 32))}, r"depth\.wrist must be a tensor .*ndarray"),
+        ({"observation.state": None}, r"observation\.state must be a tensor .* got NoneType"),
     ):
         with pytest.raises(ValueError, match=message):
             policy(batch | change)
