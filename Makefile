@@ -15,7 +15,8 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-calvin check-calvin
+.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-calvin check-calvin \
+  show-suites check-robocasa check-libero check-robomimic check-lerobot
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -85,6 +86,14 @@ show-rnn: setup
 
 show-pointmap: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-pointmap
+
+show-suites: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-suites
+
+# Suites that exclude vilma's own packages, each in an environment of its own that is built once, under .cache/suites
+# or in SUITE_ENV; RECORD=1 keeps the lines for show-suites.
+check-robocasa check-libero check-robomimic check-lerobot: check-%: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/contract/run.py $* $(if $(SUITE_ENV),--env $(SUITE_ENV)) $(if $(RECORD),--record)
 
 show-calvin: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-calvin

@@ -122,7 +122,7 @@ class LeRobotDataset(torch.utils.data.Dataset):
         small: dict[str, list[np.ndarray]] = {}
         for episode in self.files.episodes[: config.max_episodes]:
             try:
-                values = self._read_small(episode)
+                values = self.columns(episode)
             except DamagedEpisode as error:
                 self.skipped.append(f"episode {episode.index}: {error}")
                 continue
@@ -267,7 +267,8 @@ class LeRobotDataset(torch.utils.data.Dataset):
 
     # Reading
 
-    def _read_small(self, episode: Episode) -> dict[str, np.ndarray]:
+    def columns(self, episode: Episode) -> dict[str, np.ndarray]:
+        """Everything of an episode but its pixels, (T, ...) float32 under the keys of a sample."""
         files, config, length = self.files, self.config, episode.length
         state = [files.column(episode, key).reshape(length, -1) for key in config.state_keys]
         small = {
@@ -317,7 +318,7 @@ class LeRobotDataset(torch.utils.data.Dataset):
             rows = slice(filled, filled + episode.length)
             try:
                 for key in self._pixels:
-                    self._tables[key][rows] = torch.from_numpy(self._read_pixels(episode, key))
+                    self._tables[key][rows] = torch.from_numpy(self.pixels(episode, key))
                 kept.append(number)
                 filled = rows.stop
             except DamagedEpisode as error:
@@ -329,8 +330,8 @@ class LeRobotDataset(torch.utils.data.Dataset):
         for key, parts in small.items():
             small[key] = [parts[i] for i in kept]
 
-    def _read_pixels(self, episode: Episode, key: str, rows: slice | None = None) -> np.ndarray:
-        """(T, 3, H, W) uint8, or depth (T, H, W) float32 in metres."""
+    def pixels(self, episode: Episode, key: str, rows: slice | None = None) -> np.ndarray:
+        """``observation.images.<cam>`` (T, 3, H, W) uint8, ``observation.depth.<cam>`` (T, H, W) metres."""
         feature = self._pixels[key]
         is_image = key.startswith(_IMAGES)
         if not is_image and self.files.features[feature]["dtype"] != "image":
@@ -372,6 +373,6 @@ class LeRobotDataset(torch.utils.data.Dataset):
         for window, number in zip(rows, index.tolist()):
             episode, first = self.episodes[int(self._episode[number])], int(self._first[number])
             start, stop = int(window[0]) - first, int(window[-1]) - first + 1
-            pixels = torch.from_numpy(self._read_pixels(episode, key, slice(start, stop)))
+            pixels = torch.from_numpy(self.pixels(episode, key, slice(start, stop)))
             samples.append(pixels[window - window[0]])
         return torch.stack(samples)

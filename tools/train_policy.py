@@ -304,10 +304,11 @@ def _instruction(run_dir: Path, data: RobomimicConfig) -> str:
 
 
 def _tell_next(run_dir: Path, instruction: str) -> None:
-    names = [name for name in tasks() if find_task(name).instruction == instruction]
+    names = [name for name in tasks() if instruction and find_task(name).instruction == instruction]
     print(f"next: vilma eval {names[0] if names else 'SUITE/TASK'} {shlex.quote(str(run_dir))} --episodes 50")
     if not names:
-        print(f"      SUITE/TASK is one of: {', '.join(tasks())}")
+        suites = {find_task(name).suite: name for name in reversed(tasks())}
+        print(f"      SUITE/TASK is, for example: {', '.join(reversed(suites.values()))}")
 
 
 def _parser() -> argparse.ArgumentParser:

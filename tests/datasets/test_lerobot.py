@@ -111,6 +111,38 @@ def test_what_nobody_tells_is_asked_for(tmp_path):
         LeRobotConfig(**{**known, "reference_frame": "there"})
 
 
+def test_packed_it_trains_like_any_other(root, tmp_path, capsys):
+    from vilma.datasets.robomimic import RobomimicConfig, RobomimicDataset
+    from vilma.tools import pack_lerobot
+
+    out = tmp_path / "packed.hdf5"
+    fields = [
+        "--cameras",
+        "[front]",
+        "--reference_frame",
+        "base",
+        "--action_kind",
+        "delta",
+        "--depth",
+        "true",
+    ]
+    command = [str(root), "--out", str(out), *fields, "--depth_unit", "0.001"]
+    assert pack_lerobot.main([*command, "--state_keys", "[observation.state, gripper]"]) == 0
+    assert "state_keys: [observation.state, gripper]" in capsys.readouterr().out
+    keys = ("observation.state", "gripper")
+    packed = RobomimicDataset(RobomimicConfig(str(out), cameras=("front",), state_keys=keys, obs_horizon=2))
+    config = LeRobotConfig(str(root), **KNOWN, state_keys=keys, obs_horizon=2, depth=True, depth_unit=0.001)
+    direct = LeRobotDataset(config)
+    assert len(packed) == len(direct) == sum(sets.LENGTHS)
+    for index in range(len(packed)):
+        one, other = packed[index], direct[index]
+        assert one.keys() == other.keys() and one["task"] == other["task"]
+        assert all(torch.equal(one[k], other[k]) for k in one if k != "task"), index
+    assert packed.metadata["reference_frame"] == "base" and packed.metadata["control_freq"] == 10
+    with pytest.raises(ValueError, match="is there already"):
+        pack_lerobot.main(command)
+
+
 def test_damage_is_named_and_the_rest_used(root, tmp_path):
     broken = copy_of(root, tmp_path)
     videos = sorted(broken.rglob("*.mp4"))
