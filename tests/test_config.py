@@ -103,6 +103,7 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
 READERS = {
     "policy": ("vilma.tools.train_policy", "RunConfig"),
     "model": ("vilma.tools._image_training", "ImageRunConfig"),
+    "segmenter": ("vilma.tools.train_segmentation", "SegmentationRunConfig"),
 }
 
 

@@ -1,5 +1,6 @@
 """Backbones by name or from a checkpoint: what the image tools build their models with."""
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,16 @@ from torch import nn
 from vilma import config
 from vilma.extras import require_timm
 
-__all__ = ["BackboneConfig", "Loaded", "build_backbone", "find_checkpoint", "load_backbone"]
+__all__ = [
+    "BackboneConfig",
+    "Loaded",
+    "build_backbone",
+    "checked_name",
+    "find_checkpoint",
+    "find_weights",
+    "load_backbone",
+    "weights_overlay",
+]
 
 WEIGHTS = "model.safetensors"
 
@@ -52,7 +62,7 @@ def build_backbone(c: BackboneConfig, weights: bool = True) -> nn.Module:
         options["pretrained"] = True
         if c.weights != "pretrained":
             options["pretrained_cfg_overlay"] = weights_overlay(find_weights(c.weights), c.name)
-    _check_name(timm, c.name)
+    checked_name(c.name)
     try:
         model = timm.create_model(c.name, **options)
     except TypeError as error:
@@ -66,13 +76,14 @@ def build_backbone(c: BackboneConfig, weights: bool = True) -> nn.Module:
     return model
 
 
-def _check_name(timm: Any, name: str) -> None:
-    import difflib
-
+def checked_name(name: str) -> str:
+    """``name``, if timm has such a model; ValueError with close ones if not."""
+    timm = require_timm()
     if not timm.is_model(name.partition(".")[0]):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"timm has no model {name!r}{hint}")
+    return name
 
 
 def find_weights(path: str) -> Path:
@@ -158,7 +169,7 @@ def load_backbone(name: str, num_classes: int | None = None, random: bool = Fals
         model = timm.create_model(f"local-dir:{folder.resolve()}", pretrained=True, **options)
         classes = tuple(facts.get("label_names", ()))
     else:
-        _check_name(timm, name)
+        checked_name(name)
         model = timm.create_model(name, pretrained=not random, **options)
         classes = ()
         if model.num_classes == 1000:

@@ -25,7 +25,15 @@ from vilma.training.classification import Classifier, DistillConfig, LossConfig,
 from vilma.training.images import AugmentConfig
 from vilma.training.scoring import Scores, gather, score_classifier, share_loader
 
-__all__ = ["ImageRunConfig", "Validation", "build_classifier", "open_data", "plan"]
+__all__ = [
+    "ImageRunConfig",
+    "Validation",
+    "build_classifier",
+    "gpus_times_nodes",
+    "main_process",
+    "open_data",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
@@ -153,3 +161,17 @@ def plan(run: ImageRunConfig, processes: int) -> list[str]:
         f"{run.train.batch_size}, peak learning rate {run.optim.lr:g}, {run.train.steps:,} steps",
         *lines,
     ]
+
+
+def gpus_times_nodes(text: str) -> int:
+    """8 or 8x4 (GPUs x nodes)."""
+    try:
+        counts = [int(part) for part in text.lower().split("x")]
+        total = 1
+        for count in counts:
+            total *= count
+    except ValueError:
+        total = 0
+    if total < 1:
+        raise ValueError(f"--dry-run is {text!r}, wanted a number of processes, or GPUs x nodes as 8x4")
+    return total

@@ -14,7 +14,14 @@ from vilma import config
 from vilma.datasets.imagenet import ImageDataset
 from vilma.report import record_time
 from vilma.tools._image_report import write_image_report
-from vilma.tools._image_training import ImageRunConfig, Validation, build_classifier, open_data, plan
+from vilma.tools._image_training import (
+    ImageRunConfig,
+    Validation,
+    build_classifier,
+    gpus_times_nodes,
+    open_data,
+    plan,
+)
 from vilma.training import Checkpoints, Trainer, find_trained, seed_all
 
 __all__ = ["main"]
@@ -30,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = [*overrides, "--train.seed", str(options.seed)]
     run = config.load(ImageRunConfig, options.config, overrides)
     if options.dry_run:
-        for line in plan(run, processes(options.dry_run)):
+        for line in plan(run, gpus_times_nodes(options.dry_run)):
             print(line)
         return 0
     run_dir = options.run or Path("runs") / Path(options.config).stem
@@ -128,20 +135,6 @@ class BadWatch:
             if name not in self.told:
                 self.told.add(name)
                 print(f"skipped {name}: {reason}", flush=True)
-
-
-def processes(text: str) -> int:
-    """8 or 8x4 (GPUs x nodes)."""
-    try:
-        counts = [int(part) for part in text.lower().split("x")]
-        total = 1
-        for count in counts:
-            total *= count
-    except ValueError:
-        total = 0
-    if total < 1:
-        raise ValueError(f"--dry-run is {text!r}, wanted a number of processes, or GPUs x nodes as 8x4")
-    return total
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vilma.extras import require_timm
 
-from .images import AugmentConfig, Normalize, sample_drop_paths, set_draws
+from .images import AugmentConfig, Normalize, layer_groups, sample_drop_paths, set_draws
 
 __all__ = ["Classifier", "DistillConfig", "LossConfig", "MixConfig", "Teacher", "save_timm"]
 
@@ -172,6 +172,9 @@ class Classifier(nn.Module):
     def compile(self, *arguments: Any, **options: Any) -> None:
         """The backbone alone: drawing and mixing are for the interpreter."""
         self.backbone.compile(*arguments, **options)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return layer_groups(self.backbone, "backbone")
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, K) for pixels (B, 3, H, W)."""

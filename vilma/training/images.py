@@ -3,6 +3,7 @@
 Shapes: B samples, C channels, (H, W) pixels.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -106,6 +107,27 @@ class Normalize(nn.Module):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         return (images - self.mean) / self.std
+
+
+def layer_groups(backbone: nn.Module, prefix: str) -> dict[str, Any]:
+    """timm's layer groups of a backbone, for a model that holds it as ``prefix``: layer decay reads them.
+
+    Raises:
+        ValueError: the backbone has none.
+    """
+    if not hasattr(backbone, "group_matcher"):
+        raise ValueError(f"{type(backbone).__name__} has no layer groups, which optim.layer_decay needs")
+
+    def moved(pattern: str) -> str:
+        return rf"^{re.escape(prefix)}\.(?:{pattern.replace('^', '')})"
+
+    groups = {}
+    for name, patterns in backbone.group_matcher(coarse=False).items():
+        if isinstance(patterns, (list, tuple)):
+            groups[name] = [(moved(pattern), suffix) for pattern, suffix in patterns]
+        else:
+            groups[name] = None if patterns is None else moved(patterns)
+    return groups
 
 
 class SampledDropPath(nn.Module):

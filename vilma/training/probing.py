@@ -48,7 +48,7 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 256,
 ) -> dict[int, float]:
-    """Accuracy of votes weighted by cosine similarity (DINO, arXiv 2104.14294), by the number of neighbours."""
+    """Accuracy of votes weighted by cosine similarity (DINO, arXiv 2104.14294), by number of neighbours."""
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     train, test = F.normalize(train, dim=1), F.normalize(test, dim=1)
     neighbours = [min(k, len(train)) for k in neighbours]
