@@ -21,10 +21,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from vilma.xlstm import mlstm
+from vilma.xlstm import mix_triton, mlstm
 from vilma.xlstm.mlstm_chunkwise import no_autocast
+from vilma.xlstm.operators import _backward as mlstm_backward
 from vilma.xlstm.operators import _backward_flops as mlstm_backward_flops
 from vilma.xlstm.operators import _flops as mlstm_flops
+from vilma.xlstm.operators import _forward as mlstm_forward
 
 from . import mixing_cpu
 
@@ -63,7 +65,7 @@ def mix(u: Tensor, weights: MixWeights, reverse: bool, eps: float) -> Tensor:
     Raises:
         RuntimeError: an input carries a tangent of forward-mode differentiation.
     """
-    if torch.compiler.is_compiling() and u.is_cuda:
+    if torch.compiler.is_compiling() and u.is_cuda and not mix_triton.supports(u, weights):
         return mix_plain(u, weights, reverse, eps)  # the compiler fuses what surrounds the mLSTM
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         _refuse_tangents(u, *weights)
@@ -158,6 +160,8 @@ _LIBRARY.define(
 def _forward(u, *rest):
     weights, (reverse, eps, save) = rest[:_COUNT], rest[_COUNT:]
     with no_autocast(u):
+        if mix_triton.serves(u, MixWeights(*weights)):
+            return _forward_triton(u, _whole(weights), reverse, eps, save)
         w = _cast(weights, u.dtype)
         if mixing_cpu.serves(u, w):
             return _forward_cpu(u.contiguous(), w, reverse, eps, save)
@@ -182,6 +186,14 @@ def _forward_cpu(u, w, reverse, eps, save):
     return (y, h, gates, *saved) if save else (y, *(y.new_empty(0) for _ in range(6)))
 
 
+def _forward_triton(u, w, reverse, eps, save):
+    rows = mix_triton.rows(u)
+    c, qkv, gates = mix_triton.before(rows, w, u.shape[1:3], reverse, gates=True)
+    h, saved = _mlstm(qkv, gates, reverse, save, run=mlstm_forward)
+    y = mix_triton.behind(rows, w, eps, c, h).view(*u.shape[:-1], -1)
+    return (y, h, gates, *saved) if save else (y, *(y.new_empty(0) for _ in range(6)))
+
+
 def _forward_fake(u, *rest):
     w, save = MixWeights(*rest[:_COUNT]), rest[-1]
     heads, inner = w.i_weight.shape[0], u.shape[-1] // 2
@@ -196,6 +208,10 @@ def _forward_fake(u, *rest):
 
 def _cast(weights, dtype) -> MixWeights:
     return MixWeights(*(x if x is None else x.to(dtype).contiguous() for x in weights))
+
+
+def _whole(weights) -> MixWeights:
+    return MixWeights(*(x if x is None else x.contiguous() for x in weights))
 
 
 def _affine(hn: Tensor, skipped: Tensor, w: MixWeights) -> Tensor:
@@ -229,10 +245,12 @@ def _heads(qkv: Tensor, gates: Tensor) -> tuple[Tensor, ...]:
     return *qkv.unflatten(-1, (i.shape[1], -1)).permute(2, 0, 3, 1, 4), i, f
 
 
-def _mlstm(qkv: Tensor, gates: Tensor, reverse: bool, save: bool) -> tuple[Tensor, list[Tensor]]:
-    """h (B, N, H, D) and what its backward pass wants kept."""
+def _mlstm(
+    qkv: Tensor, gates: Tensor, reverse: bool, save: bool, run=torch.ops.vilma.mlstm
+) -> tuple[Tensor, list[Tensor]]:
+    """h (B, N, H, D) and what its backward pass wants kept. run: the operator, or the function behind it."""
     empty = (None,) * 4
-    h, _, _, _, *saved = torch.ops.vilma.mlstm(
+    h, _, _, _, *saved = run(
         *_heads(qkv, gates), *empty, *_MLSTM_FORM, reverse, None, _EPS, "auto", False, save
     )
     return h.transpose(1, 2).contiguous(), saved
@@ -248,6 +266,9 @@ _LIBRARY.define(
 def _backward(dy, u, *rest):
     weights, (reverse, eps, h, gates, *saved) = MixWeights(*rest[:_COUNT]), rest[_COUNT:]
     with no_autocast(u):
+        if mix_triton.serves(u, weights):
+            du, grads = _gradients_triton(dy, u, _whole(weights), reverse, eps, h, gates, saved)
+            return du, *(u.new_empty(0) if x is None else grads[n] for n, x in weights._asdict().items())
         w = _cast(weights, u.dtype)
         run = _gradients_cpu if mixing_cpu.serves(u, w) else _gradients
         du, grads = run(dy, u, w, weights, reverse, eps, h, gates, saved)
@@ -263,8 +284,20 @@ def _gradients_cpu(dy, u, w, weights, reverse, eps, h, gates, saved):
     c, qkv, p = mixing_cpu.before(u, w, reverse, gates=False, lent=True)
     dh, dc, grads = mixing_cpu.behind_backward(dy, u, w, eps, c, h, du)
     d_tokens, d_gates = _mlstm_backward(qkv, gates, dh, h, reverse, saved)
+    d_gates = _joined(d_gates)
     grads |= mixing_cpu.before_backward(u, w, reverse, c, p, d_tokens, d_gates, du, dc)
     return du, grads
+
+
+def _gradients_triton(dy, u, w, reverse, eps, h, gates, saved):
+    rows, grid = mix_triton.rows(u), u.shape[1:3]
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    flat = du.view(rows.shape)
+    p, qkv, _ = mix_triton.before(rows, w, grid, reverse, gates=False)
+    dh, dc, grads = mix_triton.behind_backward(mix_triton.rows(dy), rows, w, eps, p, h, flat)
+    d_tokens, d_gates = _mlstm_backward(qkv, gates, dh, h, reverse, saved, run=mlstm_backward)
+    d_tokens, d_gates = ([x.contiguous() for x in parts] for parts in (d_tokens, d_gates))
+    return du, grads | mix_triton.before_backward(rows, w, grid, reverse, p, d_tokens, d_gates, dc, flat)
 
 
 def _gradients(dy, u, w, weights, reverse, eps, h, gates, saved) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -294,6 +327,7 @@ def _gradients(dy, u, w, weights, reverse, eps, h, gates, saved) -> tuple[Tensor
     dh = torch.ops.aten.native_layer_norm_backward(dh, h, (dim,), mean, rstd, None, None, mask)[0]
 
     d_tokens, d_gates = _mlstm_backward(qkv, gates, dh, h, reverse, saved)
+    d_gates = _joined(d_gates)
     gate_weight = torch.cat((weights.i_weight, weights.f_weight)).to(acc)
     flat = d_gates.flatten(0, 1)
     d_gate_weight = flat.mT @ qkv.flatten(2).flatten(0, 1).to(acc)
@@ -325,10 +359,12 @@ def _gradients(dy, u, w, weights, reverse, eps, h, gates, saved) -> tuple[Tensor
     return du, grads
 
 
-def _mlstm_backward(qkv, gates, dh, h, reverse, saved) -> tuple[list[Tensor], Tensor]:
-    """Gradients of q, k, v (B, N, E) and of the gates (B, N, 2 H)."""
+def _mlstm_backward(
+    qkv, gates, dh, h, reverse, saved, run=torch.ops.vilma.mlstm_backward
+) -> tuple[list[Tensor], tuple[Tensor, Tensor]]:
+    """Gradients of q, k, v (B, N, E) and of both gates (B, H, N)."""
     none, empty = (None,) * 4, gates.new_empty(0)
-    dq, dk, dv, di, df, *_ = torch.ops.vilma.mlstm_backward(
+    dq, dk, dv, di, df, *_ = run(
         *_heads(qkv, gates),
         *none,
         *_MLSTM_FORM,
@@ -342,7 +378,12 @@ def _mlstm_backward(qkv, gates, dh, h, reverse, saved) -> tuple[list[Tensor], Te
         *(empty,) * 3,
         *saved,
     )
-    return [x.transpose(1, 2).flatten(2) for x in (dq, dk, dv)], torch.cat((di, df), 1).mT.contiguous()
+    return [x.transpose(1, 2).flatten(2) for x in (dq, dk, dv)], (di, df)
+
+
+def _joined(d_gates: tuple[Tensor, Tensor]) -> Tensor:
+    """(B, N, 2 H): i, then f."""
+    return torch.cat(d_gates, 1).mT.contiguous()
 
 
 def _convolve_backward(dp: Tensor, a: Tensor, w: MixWeights, reverse: bool):
