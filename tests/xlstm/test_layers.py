@@ -160,3 +160,5 @@ def test_causal_conv_errors():
         conv.step(torch.randn(2, 1, 6))
     with pytest.raises(ValueError, match=r"pass \(B, K - 1, D\) = \(2, 3, 6\)"):
         conv(torch.randn(2, 5, 6), torch.zeros(2, 4, 6))
+    with pytest.raises(ValueError, match=r"state is 1; pass \(B, K - 1, D\) = \(2, 3, 6\)"):
+        conv(torch.randn(2, 5, 6), 1)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vilma.testing import assert_close
-from vilma.xlstm import linear_cpu
+from vilma.xlstm import linear_cpu, xLSTMLargeBlock
 from vilma.xlstm.linear_cpu import MAX_ROWS, linears
 
 
@@ -81,7 +81,7 @@ def test_any_layout_of_x():
 
 GUARDED = """
 import ctypes, mmap, torch
-from vilma.xlstm import linear_cpu
+from vilma.xlstm import linear_cpu, xLSTMLargeBlock
 
 linear_cpu.MIN_WEIGHTS = 0
 size = mmap.PAGESIZE
@@ -199,6 +199,14 @@ def test_compiled_programs_keep_torchs():
         )
         torch.testing.assert_close(run(x), f(x))
     assert "linears" not in graphs[0].code
+
+
+def test_traced_programs_keep_torchs():
+    """And none of the questions asked of x: a trace is checked against one that is made without gradients."""
+    block = xLSTMLargeBlock(32, 2)
+    traced = torch.jit.trace(block, torch.randn(1, 4, 32))
+    x = torch.randn(2, 7, 32)
+    assert_close(traced(x), block(x), 1e-6)
 
 
 @compiled

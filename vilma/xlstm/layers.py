@@ -220,8 +220,9 @@ class CausalConv1d(nn.Module):
 
     def _check_state(self, state: Tensor, x: Tensor) -> Tensor:
         wanted = (x.shape[0], self.kernel_size - 1, self.features)
-        if state.shape != wanted:
-            raise ValueError(f"state has shape {tuple(state.shape)}; pass (B, K - 1, D) = {wanted}, or None")
+        if not isinstance(state, Tensor) or state.shape != wanted:
+            got = f"has shape {tuple(state.shape)}" if isinstance(state, Tensor) else f"is {state!r:.40}"
+            raise ValueError(f"state {got}; pass (B, K - 1, D) = {wanted}, or None")
         return state.to(x.dtype)
 
     def extra_repr(self) -> str:

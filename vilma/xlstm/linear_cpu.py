@@ -26,7 +26,8 @@ _LIBRARY.define("linears(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor
 
 def linears(x: Tensor, *maps: nn.Linear) -> tuple[Tensor, ...]:
     """``f(x)`` for each of the linear maps, x (..., D)."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or (weights := _weights(x, maps)) is None:
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if torch.is_grad_enabled() or recorded or (weights := _weights(x, maps)) is None:
         return tuple([f(x) for f in maps])
     y = torch.ops.vilma.linears.default(x, weights, [f._parameters["bias"] for f in maps])
     return y.split_with_sizes([f.out_features for f in maps], -1)
