@@ -40,7 +40,20 @@ EXTREME = 2e-4  # float32 with gates of +-30
 LOOSER = {"dm0": 2, "dn0": 2}  # sums over all features that cancel, of rounded products
 RNN_BFLOAT16 = 2e-2  # h is rounded to bfloat16 at every step
 BYTES_PER_SECOND = 3.0e12  # an H100's, of every floor; what the device itself copies stands in the JSON file
-SECTIONS = ("check", "graphs", "mlstm", "step", "tfla", "rnn", "vil", "policy", "peers", "compiled", "tiles")
+SECTIONS = (
+    "check",
+    "graphs",
+    "mlstm",
+    "step",
+    "tfla",
+    "rnn",
+    "vil",
+    "policy",
+    "peers",
+    "compiled-vil",
+    "compiled-policy",
+    "tiles",
+)
 PEERS = ("mlstm-kernels", "flash-linear-attention", "flashrnn", "mamba-ssm", "timm")
 TOKENS = 65_536
 
@@ -576,15 +589,14 @@ def bench_tiles(run: Run) -> None:
             run.add("tiles", row.pop("shape"), **row)
 
 
-def bench_compiled(run: Run) -> None:
-    """Models through torch.compile, last: compiling takes minutes."""
+def bench_compiled_policy(run: Run) -> None:
+    """Chunks through torch.compile; compiling one takes minutes."""
     from vilma.tools import _gpu_policy
 
     for recipe in _gpu_policy.RECIPES:
         if run.left(f"compiled policy {recipe}", 120):
             figures = _gpu_policy.chunk_latency(recipe, run.device, toy=run.toy, compiled=True)
-            run.add("compiled", f"chunk, {recipe}", **figures)
-    bench_vil(run, compiled=True)
+            run.add("policy", f"chunk, {recipe}, compiled", **figures)
 
 
 def bench_graphs(run: Run) -> None:
@@ -650,7 +662,8 @@ BENCHES: dict[str, Callable[[Run], None]] = {
     "graphs": bench_graphs,
     "policy": bench_policy,
     "peers": bench_peers,
-    "compiled": bench_compiled,
+    "compiled-vil": functools.partial(bench_vil, compiled=True),
+    "compiled-policy": bench_compiled_policy,
     "tiles": bench_tiles,
 }
 
