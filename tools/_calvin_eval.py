@@ -100,7 +100,7 @@ def _evaluate(
         "blank": list(blank),
         "versions": rollouts._versions("vilma", "pybullet"),
     }
-    films = tuple(int(number) for number in options.films.split(",")) if options.films else ()
+    films = film_numbers(options.films, options.videos, len(chains))
     make_env = functools.partial(envs.make, task.name, cameras=cameras, size=size, **env_options)
     progress = _Progress(f"{task.name} {source.label}" + (f" process {rank}" if processes > 1 else ""))
     with progress:
@@ -120,6 +120,18 @@ def _evaluate(
             on_progress=progress.show,
         )
     return result, progress.played
+
+
+def film_numbers(chosen: str | None, first: int, count: int) -> tuple[int, ...]:
+    """The chains to film: those chosen, by commas, and the first so many."""
+    try:
+        numbers = {int(number) for number in chosen.split(",")} if chosen else set()
+    except ValueError:
+        raise ValueError(f"--films is {chosen!r}, wanted numbers of chains such as 0,7,31") from None
+    unknown = sorted(number for number in numbers if not 0 <= number < count)
+    if unknown:
+        raise ValueError(f"--films names chain {unknown[0]}, there are 0 to {count - 1}")
+    return tuple(sorted(numbers | set(range(min(first, count)))))
 
 
 def checkpoints(run: str, asked: str) -> list[str]:
@@ -209,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="simulators of one process")
     parser.add_argument("--seed", type=int, default=0, help="of the policy's noise")
     parser.add_argument("--films", metavar="0,7", help="film these chains")
+    parser.add_argument("--videos", type=int, default=0, metavar="N", help="film the first N chains")
     parser.add_argument("--blank", metavar="images,depth", help="show the policy zeros in place of these")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one step of a simulator")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import os
+import string
 import sys
 import warnings
 from pathlib import Path
@@ -221,7 +222,7 @@ class CalvinEnv(gymnasium.Env):
             spaces[f"observation.intrinsics.{name}"] = box(*unbounded, (3, 3), np.float32)
             spaces[f"observation.pose.{name}"] = box(*unbounded, (4, 4), np.float32)
         spaces["observation.state"] = box(*unbounded, (15,), np.float32)
-        spaces["task"] = gymnasium.spaces.Text(256)
+        spaces["task"] = gymnasium.spaces.Text(256, charset=string.printable)
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space = box(-1, 1, (7,), np.float32)
 
@@ -239,10 +240,10 @@ def _build(root: Path, scene: str, use_egl: bool) -> tuple[Any, Any]:
     """calvin_env's simulator and its oracle."""
     if str(root) not in sys.path:
         sys.path.append(str(root))
-    for module in ("gym", "hydra", "pybullet"):
-        _import(module)
-    # The simulator records the commit of its own clone, and fails outside of one.
     with _quiet(), warnings.catch_warnings(action="ignore"):
+        for module in ("gym", "hydra", "pybullet"):
+            _import(module)
+        # The simulator records the commit of its own clone, and fails outside of one.
         play_table = _import("calvin_env.envs.play_table_env")
         play_table.get_git_commit_hash = lambda path: "not asked"
         hydra = _import("hydra")
@@ -259,7 +260,12 @@ def _build(root: Path, scene: str, use_egl: bool) -> tuple[Any, Any]:
                     f"data_path={root / 'data'}",
                 ],
             )
-        simulator = hydra.utils.instantiate(config.env, show_gui=False, use_vr=False, use_scene_info=True)
+        try:
+            simulator = hydra.utils.instantiate(config.env, show_gui=False, use_vr=False, use_scene_info=True)
+        except SystemExit:  # what it does when PyBullet's plugin does not load
+            raise ImportError(
+                "PyBullet cannot draw with EGL here; choose --env.renderer tiny, or see `vilma doctor calvin`"
+            ) from None
         oracle = hydra.utils.instantiate(config.tasks)
     return simulator, oracle
 
@@ -273,14 +279,18 @@ def _import(module: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep what calvin_env and PyBullet print, from C too, away from a progress bar."""
-    sys.stdout.flush()
-    kept = os.dup(1)
+    """Keep what calvin_env, gym and PyBullet print, from C too, away from a progress bar."""
+    streams = (sys.stdout, sys.stderr)
+    for stream in streams:
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
     try:
         with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
+            for number in (1, 2):
+                os.dup2(nowhere.fileno(), number)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        for number, copy in zip((1, 2), kept):
+            os.dup2(copy, number)
+            os.close(copy)
