@@ -25,6 +25,7 @@ from vilma.datasets.calvin_pack import (
 )
 from vilma.datasets.calvin_tree import CAMERAS, SPLITS, CalvinTree, Segment
 from vilma.datasets.robomimic_writer import finished_parts
+from vilma.envs.calvin_protocol import INSTRUCTIONS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "left_out": packer.left_out,
         "files": lines,
     }
+    # Evaluation speaks in other words than the data: `vilma cache-language` embeds these too.
+    (options.out / "instructions.txt").write_text("\n".join(INSTRUCTIONS.values()) + "\n")
     part = options.out / f".{MANIFEST}.part"
     part.write_text(json.dumps(manifest, indent=1) + "\n")
     os.replace(part, options.out / MANIFEST)

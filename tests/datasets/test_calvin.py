@@ -196,6 +196,7 @@ def test_packed_windows_equal_those_of_the_npz_files(mini, tmp_path, capsys):
     folder, _ = mini
     pack([str(folder), "--out", str(tmp_path), "--workers", "1", "--segments-per-file", "2"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "instructions.txt",
         "packed.json",
         "part_0000.hdf5",
         "part_0001.hdf5",
