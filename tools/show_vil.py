@@ -46,11 +46,15 @@ GROUPS = (
     ),
     Group(
         "unsupported options and impossible sizes name what is possible",
-        (f"{FOLDER}/test_vision_lstm.py", "-k", "possible"),
+        (f"{FOLDER}/test_vision_lstm.py", f"{FOLDER}/test_vil_options.py", "-k", "possible"),
     ),
     Group(
         "what a timm model owes, one small model a structural variant",
-        (f"{FOLDER}/test_vision_lstm.py", "-k", "not possible"),
+        (f"{FOLDER}/test_vision_lstm.py", f"{FOLDER}/test_vil_options.py", "-k", "not possible"),
+    ),
+    Group(
+        "vilma bench-vil prints those rows beside the published figures, and no wrong ones",
+        (f"{FOLDER}/test_vil_tools.py",),
     ),
 )
 
