@@ -113,10 +113,20 @@ def run(case: Case) -> dict[str, float]:
     of_i, of_f = expected[2 + names[1:].index("i_bias")], expected[2 + names[1:].index("f_bias")]
     difference = found[2 + names[1:].index("i_bias")].double() - of_i
     errors["di_bias"] = (difference.norm() / max(of_i.norm(), of_f.norm())).item()
+    if case.dtype != "bfloat16" or DEVICE == "cuda":  # which the interpreter multiplies unrounded
+        errors["gates"] = error_of_gates(u, w, case)
     return {
         name: error if all(torch.isfinite(x).all() for x in found) else float("inf")
         for name, error in errors.items()
     }
+
+
+def error_of_gates(u: Tensor, w: MixWeights, case: Case) -> float:
+    """Gates are made in float32, whatever u is: beside the same products of q, k, v in float64."""
+    with torch.no_grad():
+        _, qkv, gates = mix_triton.before(mix_triton.rows(u), w, case.grid, case.reverse, gates=True)
+        weight, bias = torch.cat((w.i_weight, w.f_weight)), torch.cat((w.i_bias, w.f_bias))
+        return rms_ratio(gates, qkv.flatten(2).double() @ weight.double().mT + bias.double())
 
 
 def unsaved(u, w, reverse, eps):

@@ -57,10 +57,10 @@ class MixTiles(NamedTuple):
     convolve_backward: Tile
 
 
-# What compiles without spilling, or next to it, and leaves room for several programs at once. Tiles of 64
-# channels of a half type, 32 of float32, are rows of 128 bytes: narrower ones never go to Hopper's matrix unit,
-# which has 64 rows at least (see `mlstm_triton_tiles`). So `project_backward` has 32 tokens, for the gates'
-# sake, whose columns are few.
+# What compiles without spilling, or next to it, and leaves room for several programs at once. On Hopper the
+# operands of a product with 64 rows or more are read from rows of 128 bytes: 64 channels of a half type (see
+# `mlstm_triton_tiles`). Of the gates' gradients, whose columns are few, it has 32 rows: those go to the older
+# instructions.
 _TABLE = {
     ("", "half"): MixTiles(Tile(32, 0, 32, 0, 4, 1), Tile(32, 0, 64, 0, 8, 1), Tile(64, 0, 64, 0, 8, 1)),
     ("sm90", "half"): MixTiles(
@@ -130,7 +130,7 @@ def before(
     qkv = u.new_empty(form.batch, form.steps, 3, form.inner)
     found = u.new_empty(form.batch, form.steps, 2 * form.heads, dtype=torch.float32) if gates else None
     least = _power_of_two(2 * form.heads)
-    split = form.half and not interpreting()
+    split = form.half and not form.products["UPCAST"]
     columns = 2 * max(8, least) if split else max(16, least)
     with on_device(u):
         launch(
@@ -341,7 +341,7 @@ class _Form:
         self.sizes = {"E": self.inner, "W": w.q_weight.shape[-1], "H": self.heads}
         bfloat16 = u.dtype == torch.bfloat16
         self.products = {
-            "UPCAST": self.half and interpreting(),
+            "UPCAST": bfloat16 and interpreting(),
             "PRECISION": "ieee" if bfloat16 else float32_precision(u.device, True),
         }
 
