@@ -30,7 +30,7 @@ from torch import Tensor
 from vilma.bench import BOTH, FORWARD, Contender, describe, interleave, measure
 from vilma.report import source_commit
 from vilma.testing import random_mlstm, random_mlstm_state, rms_ratio
-from vilma.tools import bench_mlstm
+from vilma.tools import _gpu_mix, bench_mlstm
 from vilma.xlstm import MLSTMState, mlstm, mlstm_step, rnn
 from vilma.xlstm.rnn_naive import CELLS
 
@@ -47,6 +47,7 @@ SECTIONS = (
     "step",
     "tfla",
     "rnn",
+    "mix",
     "vil",
     "policy",
     "peers",
@@ -276,18 +277,32 @@ def _with_gradients(outputs: Sequence[Tensor | None], leaves: Sequence[Tensor]) 
     return [*outputs, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves))]
 
 
+CHECKS: dict[str, Callable[..., dict[str, float]]] = {
+    "mlstm": check_mlstm,
+    "rnn": check_rnn,
+    "mix": _gpu_mix.check,
+}
+
+
+def all_cases(toy: bool) -> list[tuple[str, dict[str, Any]]]:
+    """With the kernel that each is of; those that take longest to compile first."""
+    given = {"mix": _gpu_mix.cases(toy), "mlstm": mlstm_cases(toy), "rnn": rnn_cases(toy)}
+    return [(kind, case) for kind, found in given.items() for case in found]
+
+
 def check_shard(shard: int, shards: int, first: int, run: Run) -> int:
     """Every shards-th case from the ``first`` of them on, a line each; an error of the device ends it."""
-    cases = [("mlstm", c) for c in mlstm_cases(run.toy)] + [("rnn", c) for c in rnn_cases(run.toy)]
-    for kind, case in cases[shard::shards][first:]:
+    for kind, case in all_cases(run.toy)[shard::shards][first:]:
         limit = TOLERANCES[case["dtype"]]
         if "gates" in case and case["dtype"] == "float32":
             limit = EXTREME
         if kind == "rnn" and case["dtype"] == "bfloat16":
             limit = RNN_BFLOAT16
+        if kind == "mix":
+            limit = 1.0  # of what is allowed, which it knows itself
         error = ""
         try:
-            errors = (check_mlstm if kind == "mlstm" else check_rnn)(run.device, **case)
+            errors = CHECKS[kind](run.device, **case)
         except Exception as broken:  # one broken case must not hide the others
             error = f"{type(broken).__name__}: {str(broken)[:200]}"
             errors = {error: math.inf}
@@ -318,11 +333,11 @@ def check(run: Run, processes: int) -> int:
 
     with ThreadPoolExecutor(processes) as pool:
         lines = [line for found in pool.map(shard, range(processes)) for line in found]
-    expected = sum(1 for _ in itertools.chain(mlstm_cases(run.toy), rnn_cases(run.toy)))
+    expected = len(all_cases(run.toy))
     red = [line for line in lines if line["wrong"]]
     for line in red:
         print(json.dumps({k: line[k] for k in ("kernel", "case", "wrong")}), flush=True)
-    for kernel in ("mlstm", "rnn"):
+    for kernel in CHECKS:
         found = [x for x in lines if x["kernel"] == kernel]
         for dtype in TOLERANCES:
             of = [x for x in found if x["case"]["dtype"] == dtype]
@@ -513,6 +528,15 @@ def _flashrnn(batch: int, steps: int, heads: int, dim: int, device: torch.device
         yield Contender(f"flashrnn {cell}", lambda call=call: call()[0], (wx, r, b))
 
 
+def bench_mix(run: Run) -> None:
+    """What lies between a Vision-LSTM layer's projections, beside the floor of its memory traffic."""
+    for size, inner in (("tiny", 384), ("small", 768), ("base", 1536)):
+        if (run.toy and size != "tiny") or not run.left(f"mix {size}"):
+            continue
+        shape = (32, 2, 1) if run.toy else (inner, 14, 256)
+        run.add("mix", f"{size} 224", **_gpu_mix.times(*shape, run.device, run.toy, run.copy_rate))
+
+
 def bench_vil(run: Run, compiled: bool = False) -> None:
     """ViL2 beside DeiT with flash attention, bfloat16, batch 256."""
     import vilma.vil  # noqa: F401 - registers the family
@@ -658,6 +682,7 @@ BENCHES: dict[str, Callable[[Run], None]] = {
     "tfla": bench_tfla,
     "step": bench_step,
     "rnn": bench_rnn,
+    "mix": bench_mix,
     "vil": bench_vil,
     "graphs": bench_graphs,
     "policy": bench_policy,
