@@ -81,7 +81,7 @@ def test_wrong_options_are_named_before_any_simulator(monkeypatch, options, mess
 
 
 @needs_robosuite
-@pytest.mark.parametrize("ending", ["", "; env.close()"])
+@pytest.mark.parametrize("ending", ["", pytest.param("; env.close()", marks=pytest.mark.long)])
 def test_numbers_come_as_text_and_the_end_of_the_interpreter_prints_nothing(ending):
     # Kept by older modules, both outlive what the environment's own module imported.
     code = (
