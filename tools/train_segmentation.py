@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unusable = bad.read()
         if unusable:
             print(f"{len(unusable)} images could not be used: {run_dir}/bad_images.jsonl")
-        final = trainer.final_model
+        final = trainer.final_model.eval()
         print(f"report: {write_segmentation_report(run_dir, val, final.logits, classes)}")
     return 0
 

@@ -182,8 +182,9 @@ def slide(
     """
     height, width = images.shape[2:]
     padded = F.pad(images, (0, max(crop - width, 0), 0, max(crop - height, 0)))
-    total = padded.new_zeros(len(images), num_classes, *padded.shape[2:])
-    count = padded.new_zeros(1, 1, *padded.shape[2:])
+    # Pixels may come as uint8; logits of autocast are summed in float32.
+    total = padded.new_zeros(len(images), num_classes, *padded.shape[2:], dtype=torch.float32)
+    count = padded.new_zeros(1, 1, *padded.shape[2:], dtype=torch.float32)
     for top in _starts(padded.shape[2], crop, stride):
         for left in _starts(padded.shape[3], crop, stride):
             window = (..., slice(top, top + crop), slice(left, left + crop))

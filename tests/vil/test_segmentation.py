@@ -56,3 +56,6 @@ def test_windows_cover_an_image_and_agree_where_the_model_is_local(size):
     images = torch.randn(2, 3, *size)
     torch.testing.assert_close(slide(model, images, 12, 5, 4), F.conv2d(images, weight))
     assert set(seen) == {(12, 12)}
+    pixels = (images * 9).to(torch.uint8)
+    by_windows = slide(lambda x: F.conv2d(x.float(), weight), pixels, 12, 5, 4)
+    torch.testing.assert_close(by_windows, F.conv2d(pixels.float(), weight))
