@@ -1,6 +1,8 @@
 """What a training of a classifier needs besides the trainer: its config, its parts, its validation."""
 
+import contextlib
 import json
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from vilma.training.images import AugmentConfig
 from vilma.training.scoring import Scores, gather, score_classifier, share_loader
 
 __all__ = [
+    "CpuClock",
     "ImageRunConfig",
     "Validation",
     "build_classifier",
@@ -100,14 +103,40 @@ def load_teacher(c: DistillConfig, num_classes: int) -> Teacher | None:
     return Teacher(model, data["mean"], data["std"])
 
 
+class CpuClock:
+    """CPU seconds of a run in this process, those of earlier sittings included; loader processes are not.
+
+    Args:
+        result: the file that keeps them as ``cpu_seconds``.
+        begun: the run goes on from a checkpoint.
+    """
+
+    def __init__(self, result: Path, begun: bool):
+        self.before = 0.0
+        if begun:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                self.before = float(json.loads(result.read_text())["cpu_seconds"])
+
+    def seconds(self) -> float:
+        return round(self.before + time.process_time(), 1)
+
+
 class Validation:
     """The trainer's ``score``: top-1 of the whole validation split, each process taking its share.
 
     The last result is kept whole in ``RUN/eval/val.json``.
     """
 
-    def __init__(self, dataset: ImageDataset, run: ImageRunConfig, run_dir: Path, batch_size: int):
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        run: ImageRunConfig,
+        run_dir: Path,
+        batch_size: int,
+        begun: bool = False,
+    ):
         self.dataset, self.run, self.run_dir, self.batch_size = dataset, run, run_dir, batch_size
+        self.clock = CpuClock(run_dir / "eval" / "val.json", begun)
         self.last: Scores | None = None
 
     def __call__(self, model: Classifier, step: int) -> dict[str, float]:
@@ -124,6 +153,7 @@ class Validation:
         if main_process():
             result = {"step": step, "split": self.run.data.val, "model": self.run.model.name}
             result |= scores.describe(classes, self.dataset.source.name)
+            result["cpu_seconds"] = self.clock.seconds()
             (self.run_dir / "eval").mkdir(parents=True, exist_ok=True)
             replace_text(self.run_dir / "eval" / "val.json", json.dumps(result, indent=1) + "\n")
         figures = scores.figures()

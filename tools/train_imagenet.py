@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{run.model.name}, {count / 1e6:.2f} M parameters; {run.train.steps:,} steps of "
             f"{run.train.batch_size} = {epochs:.1f} epochs in {run_dir}"
         )
-    train_run(run, model, train, val, run_dir, arguments, main_process)
+    validation = Validation(val, run, run_dir, min(256, run.train.batch_size), begun)
+    train_run(run, model, train, validation, run_dir, arguments, main_process)
     return 0
 
 
@@ -69,13 +70,12 @@ def train_run(
     run: ImageRunConfig,
     model: Any,
     train: ImageDataset,
-    val: ImageDataset,
+    validation: Validation,
     run_dir: Path,
     arguments: Sequence[str],
     main_process: bool,
 ) -> None:
     began, updates = time.perf_counter(), []
-    validation = Validation(val, run, run_dir, batch_size=min(256, run.train.batch_size))
     watch = BadWatch(train)
 
     def on_step(step: int, values: Any) -> None:
@@ -116,7 +116,7 @@ def train_run(
         bad = train.bad.read()
         if bad:
             print(f"{len(bad)} images or shards could not be used: {run_dir}/bad_images.jsonl")
-        print(f"report: {write_image_report(run_dir, val)}")
+        print(f"report: {write_image_report(run_dir, validation.dataset)}")
 
 
 class BadWatch:

@@ -21,7 +21,7 @@ from vilma.datasets.ade20k import MaskDataConfig, MaskDataset, class_names, open
 from vilma.datasets.imagenet import BadImages
 from vilma.report import record_time
 from vilma.tools._backbone import checked_name, find_weights, weights_overlay
-from vilma.tools._image_training import gpus_times_nodes, main_process
+from vilma.tools._image_training import CpuClock, gpus_times_nodes, main_process
 from vilma.tools._segmentation_report import write_segmentation_report
 from vilma.training import (
     Checkpoints,
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(train):,} images to train on, {len(val):,} held out, {number} classes")
         print(f"{run.segmenter.backbone} with UPerNet, {count / 1e6:.2f} M parameters, in {run_dir}")
     began, updates = time.perf_counter(), []
-    validation = Validation(val, run, run_dir)
+    validation = Validation(val, run, run_dir, begun)
     trainer = Trainer(
         run.train,
         model,
@@ -178,8 +178,9 @@ class Validation:
     Images are seen in windows of the training size; each process takes its share.
     """
 
-    def __init__(self, dataset: MaskDataset, run: SegmentationRunConfig, run_dir: Path):
+    def __init__(self, dataset: MaskDataset, run: SegmentationRunConfig, run_dir: Path, begun: bool = False):
         self.dataset, self.run, self.run_dir = dataset, run, run_dir
+        self.clock = CpuClock(run_dir / "eval" / "masks.json", begun)
         self.result: dict[str, Any] = {}
 
     def __call__(self, model: SegmentationTask, step: int) -> dict[str, float]:
@@ -205,6 +206,7 @@ class Validation:
             "pixel_accuracy": float(counts.trace() / max(counts.sum(), 1)),
             "images": len(self.dataset),
             "seconds": seconds,
+            "cpu_seconds": self.clock.seconds(),
             "iou": {name: None if x != x else float(x) for name, x in zip(model.classes, each)},
         }
         if main_process():
