@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS[:-1])
     parser.add_argument("--minutes", type=float, default=9.5, help="stop starting things after this long")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS), help="of these kernels")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="of the checks")
     parser.add_argument("--json", type=Path, default=Path("bench_gpu.json"), metavar="FILE")
     parser.add_argument(
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(device, time.monotonic() + 60 * options.minutes, options.dry_run)
     if options.shard:
-        return check_shard(*map(int, options.shard.split("/")), run)
+        return check_shard(*map(int, options.shard.split("/")), run, options.checks)
     facts = describe(device, PEERS) | {"commit": source_commit(), "dry_run": options.dry_run}
     if device.type == "cuda":
         run.copy_rate = copy_rate(device)
@@ -111,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(facts), flush=True)
     wrong = 0
     if "check" in options.sections:
-        wrong = check(run, options.processes)
+        wrong = check(run, options.processes, options.checks)
     for section in options.sections:
         if section != "check" and not wrong and run.left(section):
             try:
@@ -284,15 +285,15 @@ CHECKS: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-def all_cases(toy: bool) -> list[tuple[str, dict[str, Any]]]:
+def all_cases(toy: bool, kernels: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """With the kernel that each is of; those that take longest to compile first."""
     given = {"mix": _gpu_mix.cases(toy), "mlstm": mlstm_cases(toy), "rnn": rnn_cases(toy)}
-    return [(kind, case) for kind, found in given.items() for case in found]
+    return [(kind, case) for kind, found in given.items() if kind in kernels for case in found]
 
 
-def check_shard(shard: int, shards: int, first: int, run: Run) -> int:
+def check_shard(shard: int, shards: int, first: int, run: Run, kernels: Sequence[str]) -> int:
     """Every shards-th case from the ``first`` of them on, a line each; an error of the device ends it."""
-    for kind, case in all_cases(run.toy)[shard::shards][first:]:
+    for kind, case in all_cases(run.toy, kernels)[shard::shards][first:]:
         limit = TOLERANCES[case["dtype"]]
         if "gates" in case and case["dtype"] == "float32":
             limit = EXTREME
@@ -316,9 +317,9 @@ def check_shard(shard: int, shards: int, first: int, run: Run) -> int:
     return 0
 
 
-def check(run: Run, processes: int) -> int:
-    """All cases, side by side; the number of red ones."""
-    command = [sys.executable, __file__, *(["--dry-run"] if run.toy else []), "--shard"]
+def check(run: Run, processes: int, kernels: Sequence[str]) -> int:
+    """All cases of ``kernels``, side by side; the number of red ones."""
+    command = [sys.executable, __file__, *(["--dry-run"] if run.toy else []), "--checks", *kernels, "--shard"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(x for x in sys.path if x)}
 
     def shard(index: int) -> list[dict[str, Any]]:
@@ -333,11 +334,11 @@ def check(run: Run, processes: int) -> int:
 
     with ThreadPoolExecutor(processes) as pool:
         lines = [line for found in pool.map(shard, range(processes)) for line in found]
-    expected = len(all_cases(run.toy))
+    expected = len(all_cases(run.toy, kernels))
     red = [line for line in lines if line["wrong"]]
     for line in red:
         print(json.dumps({k: line[k] for k in ("kernel", "case", "wrong")}), flush=True)
-    for kernel in CHECKS:
+    for kernel in kernels:
         found = [x for x in lines if x["kernel"] == kernel]
         for dtype in TOLERANCES:
             of = [x for x in found if x["case"]["dtype"] == dtype]
