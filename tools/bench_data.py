@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, default=5120)
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="2.4 GB")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="3.2 GB")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser
 
