@@ -237,8 +237,8 @@ def before_backward(
     for name in ("i_weight", "f_weight"):
         names[name], at = at, at + _whole_lines(3 * inner * heads)
     columns = max(16, _power_of_two(2 * heads + 1))
-    names |= {"i_bias": at, "f_bias": at + heads}
-    width = at + _whole_lines(columns)
+    names |= {"i_bias": at, "f_bias": at + _LINE}
+    width = at + 2 * _LINE
 
     tile = tiles.project_backward
     in_width = -(-inner // tile.bk)
@@ -252,6 +252,7 @@ def before_backward(
             "AT_I": names["i_weight"],
             "AT_F": names["f_weight"],
             "AT_GATES": names["i_bias"],
+            "LINE": _LINE,
             "ROW": width,
             "FIELD": field,
             **form.products,
@@ -354,7 +355,7 @@ def _head_tile(dim: int, area: int) -> tuple[int, int]:
 
 def _share(device: torch.device, tiles: int, beside: int) -> tuple[int, int]:
     """How many programs share ``tiles`` tiles of tokens, and tiles of each; ``beside``: programs a share."""
-    each = max(1, tiles * beside // (_PROGRAMS * _multiprocessors(device)))
+    each = -(-tiles * beside // (_PROGRAMS * _multiprocessors(device)))
     return -(-tiles // each), each
 
 

@@ -20,7 +20,7 @@ from .mix_triton_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["sdb", "M", "N", "tiles", "eps"])
+@triton.jit(do_not_specialize=["M", "N", "tiles", "eps"])
 def behind_backward(
     DY, U, P, HIDDEN, NORM_WEIGHT, NORM_BIAS, SKIP, DU, DH, DC, PARTS, sdb, sdt, sub, sut, M, N, tiles, eps,
     E: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, FIELD: tl.constexpr, BT: tl.constexpr,
@@ -126,7 +126,7 @@ def project_backward(
     X, DY, DK, DC, DI, DF, WEIGHT, BIAS, WK, BK, WI, WF, OUT, PARTS, sxb, sxt, M, N, tiles,
     QUERIES: tl.constexpr, E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, R: tl.constexpr,
     AT_BIAS: tl.constexpr, AT_I: tl.constexpr, AT_F: tl.constexpr, AT_GATES: tl.constexpr,
-    ROW: tl.constexpr, FIELD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    LINE: tl.constexpr, ROW: tl.constexpr, FIELD: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Back through the projections of ``tiles`` x BT tokens of BC channels, with sums for their parameters.
@@ -135,7 +135,8 @@ def project_backward(
     Else v (DY) of a (X), and OUT receives what comes to a.
 
     PARTS (shares, ROW): weights of q, k, v (E W each), their biases from AT_BIAS (FIELD each), weights of the
-    gates from AT_I and AT_F (H, 3 E), their biases from AT_GATES (R). R columns hold the gates and a one.
+    gates from AT_I and AT_F (H, 3 E), their biases from AT_GATES (LINE each). R columns are the gates and a
+    one.
     """
     DT: tl.constexpr = tl.float32 if UPCAST else X.dtype.element_ty
     # gradients of the gates are larger than those of q, k, v: float16 might not hold them
@@ -210,7 +211,8 @@ def project_backward(
         _store_gate_rows(row, with_x, total, WK, BK, 1, c0, AT_I, AT_F, E, W, H, BC, R, GT, PRECISION)
         if jc == 0:
             r = tl.arange(0, R)
-            tl.store(row + AT_GATES + r, total, mask=r < 2 * H)
+            tl.store(row + AT_GATES + r, total, mask=r < H)
+            tl.store(row + AT_GATES + LINE + r - H, total, mask=(r >= H) & (r < 2 * H))
 
 
 @triton.jit(do_not_specialize=["M", "N", "Y", "X"])
