@@ -98,7 +98,8 @@ check-robocasa check-libero check-robomimic check-lerobot: check-%: setup
 show-calvin: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-calvin
 
-# CALVIN is a clone of calvin_env; its packages go into an environment of their own, beside ours.
+# CALVIN is a clone of calvin_env; its packages go into an environment of their own, beside ours. With CHALLENGE, a
+# clone of the challenge's repository, its chains and initial states are drawn too, and compared.
 CALVIN_RUN ?= runs/calvin-check
 check-calvin: setup
 	@test -n "$(CALVIN)" || { echo "usage: make check-calvin CALVIN=path (a clone of calvin_env)"; exit 2; }
@@ -107,7 +108,7 @@ check-calvin: setup
 	$(VILMA) doctor calvin --requirements > $(CALVIN_RUN)/requirements.txt
 	$(BIN)/uv pip install --quiet --python $(CALVIN_RUN)/venv/bin/python -r requirements.lock -r $(CALVIN_RUN)/requirements.txt
 	$(BIN)/uv pip install --quiet --python $(CALVIN_RUN)/venv/bin/python --no-deps -e .
-	OMP_NUM_THREADS=1 $(CALVIN_RUN)/venv/bin/vilma check-calvin --source $(CALVIN) --out $(CALVIN_RUN) --json docs/results/calvin/check.json
+	OMP_NUM_THREADS=1 $(CALVIN_RUN)/venv/bin/vilma check-calvin --source $(CALVIN) $(if $(CHALLENGE),--challenge $(CHALLENGE)) --out $(CALVIN_RUN) --json docs/results/calvin/check.json
 
 bench: setup
 	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm

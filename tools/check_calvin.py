@@ -22,6 +22,7 @@ from vilma.envs import calvin_protocol as protocol
 from vilma.envs.calvin_install import find_source
 from vilma.envs.calvin_skills import SKILLS, actions, plan, record
 from vilma.targets import Line, show
+from vilma.tools._calvin_public import compare
 
 RECIPE = "configs/smoke/calvin_mini.yaml"
 # What the small policy learns: nothing that depends on where the blocks are.
@@ -49,6 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _lines(source: Path, options: argparse.Namespace, results: dict[str, Any]) -> Iterator[Line]:
+    if options.challenge is not None:
+        line = compare(options.challenge, options.draw)
+        results["public_code"] = line.figure
+        yield line
     env = envs.make(SCENE, source=source, renderer=options.renderer)
     try:
         observation, _ = env.reset(seed=0)
@@ -249,6 +254,10 @@ def _version(name: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="vilma check-calvin", description=__doc__)
     parser.add_argument("--source", type=Path, metavar="DIR", help="the clone of calvin_env")
+    parser.add_argument(
+        "--challenge", type=Path, metavar="DIR", help="a clone of mees/calvin: draw its chains too, compare"
+    )
+    parser.add_argument("--draw", type=int, default=24, metavar="N", help="how many; 1000 is the protocol")
     parser.add_argument("--out", type=Path, default=Path("runs/calvin-check"), metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures (default: OUT/check.json)")
     parser.add_argument("--renderer", choices=("auto", "egl", "tiny"), default="auto")

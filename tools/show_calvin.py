@@ -63,6 +63,10 @@ def check_lines() -> Iterator[Line]:
         "at least 1",
         bool(fired),
     )
+    if "public_code" in found:
+        figure = found["public_code"]
+        equal, _, count = figure.split()[:3]
+        yield Line("chains drawn by the public code", figure + source, "all equal", equal == count)
     mini = found["mini"]
     yield Line(
         "mini data set recorded and packed",
