@@ -25,7 +25,7 @@ def ratios(cases: list[dict], *, interpret: bool = True) -> list[dict[str, float
 
 def check(case: dict, found: dict[str, float]) -> None:
     """Against float64. The interpreter cuts bfloat16 off instead of rounding it."""
-    limit = {"bfloat16": 2e-2, "float16": 3e-3}.get(case.get("dtype"), 2e-5)
+    limit = {"bfloat16": 2e-2, "float16": 5e-3}.get(case.get("dtype"), 2e-5)
     limits = dict.fromkeys(found, limit) | {"y": limit / 2, "gates": 1e-6}
     # moves all input gates together, which nearly cancels: a small difference of rounded numbers
     limits["di_bias"] = 5 * limit
@@ -54,7 +54,7 @@ SWEEP = [
     {"heads": 4, "dim": 96, "batch": 1, "grid": [3, 3], "table": True, "reverse": True},
     {"heads": 1, "dim": 80, "layout": "offset", "without": ALL_BIASES},
     {"heads": 9, "dim": 4, "without": ["conv_bias"], "save": False},
-    {"grid": [1, 1], "batch": 3},
+    {"grid": [1, 2], "batch": 3},
     {"dtype": "bfloat16", "batch": 3, "grid": [5, 4], "reverse": True},
     {"dtype": "bfloat16", "parameters": "float32", "table": True, "heads": 3, "dim": 20},
     {"dtype": "bfloat16", "gates": "float32", "without": ["k_bias", "v_bias"]},
@@ -89,20 +89,18 @@ def test_on_the_gpu():
 
 
 # Registers and shared memory: two programs of 8 warps, or four of 4, on a multiprocessor of an H100. SPILLS:
-# instructions, of the one kernel that is held to 128 registers there.
+# instructions, of the kernels with products, which are held to 128 registers there: a hundredth of their code.
 LIMITS = {
     "sm_80": {"registers": 255, "shared": 48 * 1024},
     "sm_90": {"registers": 128, "shared": 64 * 1024},
     "gfx942": {"registers": 256, "shared": 64 * 1024},
 }
-SPILLS = {("sm_90", "project_backward"): 12}
-FLOAT32_REGISTERS = 255
+SPILLS = {("sm_90", "project_backward"): 48, ("sm_90", "before"): 12}
 PRODUCTS = ("before", "project_backward")
 SHAPES = [
     {},
     {"inner": 768, "kernels": ["behind_backward"]},
     {"inner": 1536, "parameters": "float32", "kernels": [*PRODUCTS, "behind_backward"]},
-    {"dtype": "float32", "kernels": PRODUCTS},
 ]
 
 
@@ -123,8 +121,6 @@ def faults(found: dict) -> list[str]:
     if "error" in found:
         return [found["error"]]
     limits = LIMITS[found["target"]] | {"spills": SPILLS.get((found["target"], found["kernel"]), 0)}
-    if found["shape"].startswith("float32"):
-        limits["registers"] = max(limits["registers"], FLOAT32_REGISTERS)
     over = [name for name, most in limits.items() if found[name] > most]
     return over + ["no matrix instructions"] * (found["kernel"] in PRODUCTS and not found["matrix"])
 
