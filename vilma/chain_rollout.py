@@ -36,6 +36,7 @@ class ChainRollout(Rollout):
         super().__init__(*arguments, seed=0, **options)
         self.chains, self.noise_seed, self.on_chain = chains, noise_seed, on_chain
         self._steps: dict[int, list[int]] = {}
+        self._captions: dict[int, list[str]] = {}
 
     def _begin_episodes(self) -> None:
         idle = {i for i, row in enumerate(self.rows) if not row.is_busy}
@@ -56,6 +57,7 @@ class ChainRollout(Rollout):
             self.policy.reset([i])
 
     def _finish(self, row: Row, outcome: str) -> None:
+        row.frames = Film(row.frames, self._captions.pop(row.episode, [])[-len(row.frames) :])
         super()._finish(row, outcome)
         self.on_chain()
 
@@ -73,7 +75,20 @@ class ChainRollout(Rollout):
     def _film(self, row: Row) -> None:
         if row.episode in self.filmed and row.steps % FILM_STRIDE == 0:
             super()._film(row)
-            row.frames[-1] = captioned(row.frames[-1], row.observation["task"])
+            self._captions.setdefault(row.episode, []).append(row.observation["task"])
+
+
+class Film(Sequence):
+    """Frames with a line of text below each, put together only when they are written: a chain has many."""
+
+    def __init__(self, frames: Sequence[np.ndarray], texts: Sequence[str]):
+        self.frames, self.texts = frames, texts
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return captioned(self.frames[index], self.texts[index])
 
 
 def captioned(frame: np.ndarray, text: str, size: int = 400) -> np.ndarray:
