@@ -89,7 +89,7 @@ def test_on_the_gpu():
 
 
 # Registers and shared memory: two programs of 8 warps, or four of 4, on a multiprocessor of an H100. SPILLS:
-# instructions, of the kernels with products, which are held to 128 registers there: a hundredth of their code.
+# instructions, of the kernels with products, which are held to 128 registers there: a hundredth of all.
 LIMITS = {
     "sm_80": {"registers": 255, "shared": 48 * 1024},
     "sm_90": {"registers": 128, "shared": 64 * 1024},
