@@ -15,7 +15,7 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-calvin check-calvin \
+.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-imagenet show-calvin check-calvin \
   show-suites check-robocasa check-libero check-robomimic check-lerobot
 .DEFAULT_GOAL := setup
 
@@ -109,6 +109,9 @@ check-calvin: setup
 	$(BIN)/uv pip install --quiet --python $(CALVIN_RUN)/venv/bin/python -r requirements.lock -r $(CALVIN_RUN)/requirements.txt
 	$(BIN)/uv pip install --quiet --python $(CALVIN_RUN)/venv/bin/python --no-deps -e .
 	OMP_NUM_THREADS=1 $(CALVIN_RUN)/venv/bin/vilma check-calvin --source $(CALVIN) $(if $(CHALLENGE),--challenge $(CHALLENGE)) --out $(CALVIN_RUN) --json docs/results/calvin/check.json
+
+show-imagenet: setup
+	OMP_NUM_THREADS=1 $(VILMA) show-imagenet
 
 bench: setup
 	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm

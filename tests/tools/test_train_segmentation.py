@@ -47,7 +47,8 @@ def test_what_cannot_be_trained_is_named(tmp_path, overrides, message):
 
 def test_dry_run_of_the_published_recipe(capsys):
     words = ["configs/segmentation/ade20k_vil2_tiny.yaml", "--dry-run", "8"]
-    small = ["--segmenter.options", "{img_size: 64, embed_dim: 32, depth: 12}", "--augment.size", "64"]
+    small = ["--segmenter.options", "{img_size: 64, embed_dim: 16, depth: 4}", "--augment.size", "64"]
+    small += ["--segmenter.out_indices", "[0, 1, 2, 3]"]
     assert main([*words, *small, "--segmenter.channels", "16"]) == 0
     said = capsys.readouterr().out
     assert "150 classes; effective batch 16, peak learning rate 0.0005, 160,000 steps" in said
