@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--headline", metavar="NAME", help="the evaluation at the top (RUN/eval/NAME.json)")
     options = parser.parse_args(arguments)
     values = _config(options.run)
+    if "model" in values and "policy" not in values:
+        from vilma.tools._image_report import write_image_report
+
+        print(write_image_report(options.run))
+        return 0
     with contextlib.suppress(OSError):
         draw_point_map(options.run, values)
     facts = [*_data_facts(values), ("Commit", source_commit()), ("Versions", _versions())]
