@@ -159,7 +159,8 @@ def test_registrations(cell, backend):
         outputs = [x.detach() for x in torch.ops.vilma.rnn(*call)]
         given = [x.detach() if isinstance(x, torch.Tensor) else x for x in call[:12]]
         grads = (torch.randn_like(outputs[0]), None, None, None, None)
-        torch.library.opcheck(torch.ops.vilma.rnn_backward.default, (*given, *grads, *outputs))
+        call = (*given, *grads, *outputs)
+        torch.library.opcheck(torch.ops.vilma.rnn_backward.default, call, test_utils=checks)
 
 
 def test_registration_with_dynamic_shapes():
