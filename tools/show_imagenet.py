@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,23 @@ def keep(run_dir: Path, name: str) -> Path:
         if figure is not None:
             curve.append([record["step"], round(figure, 5)])
     values = {key: found[key] for key in KEPT if key in found}
-    values |= {"command": timing.get("command"), "commit": timing.get("commit")}
+    values |= {"command": _command(timing.get("command", "")), "commit": timing.get("commit")}
     values |= {"wall_seconds": timing.get("seconds"), "curve": curve}
     values["threads"] = config.read(run_dir / "config.yaml")["train"]["threads"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     target = RESULTS / f"{name}.json"
     target.write_text(json.dumps(values, indent=1) + "\n")
     return target
+
+
+def _command(text: str) -> str:
+    """Without the run directory, which is of no interest elsewhere."""
+    words = shlex.split(text)
+    for flag in ("--run", "--run-dir"):
+        while flag in words:
+            place = words.index(flag)
+            del words[place : place + 2]
+    return shlex.join(words)
 
 
 def all_lines(quick: bool) -> Iterator[Line]:
