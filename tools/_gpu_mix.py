@@ -1,14 +1,20 @@
-"""What surrounds the mLSTM in a Vision-LSTM layer on a GPU, for `vilma bench-gpu`: checks and times."""
+"""What surrounds the mLSTM in a Vision-LSTM layer on a GPU, for `vilma bench-gpu`: checks and times.
 
+Without timm, which Vision-LSTM needs, there are no cases.
+"""
+
+import importlib.util
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vilma.bench import BOTH, FORWARD, Contender, measure
-from vilma.vil.mixing import MixWeights, mix, mix_plain
+
+if TYPE_CHECKING:
+    from vilma.vil.mixing import MixWeights
 
 __all__ = ["TENSORS", "cases", "check", "times"]
 
@@ -22,6 +28,8 @@ EPS = 1e-5
 
 
 def cases(toy: bool) -> Iterator[dict[str, Any]]:
+    if importlib.util.find_spec("timm") is None:
+        return
     if toy:
         yield {"inner": 32, "grid": (2, 3), "dtype": "float32", "heads": 2}
         return
@@ -42,6 +50,8 @@ def check(
     That is a tolerance, or twice the error of the plain twin in the same precision where this is more: q and
     k rounded to bfloat16 move a normaliser near zero, and with it gradients, whoever computes them.
     """
+    from vilma.vil.mixing import MixWeights, mix, mix_plain
+
     kind = getattr(torch, dtype)
     weights = _weights(inner, heads, kernel, causal, device, getattr(torch, parameters or dtype))
     generator = torch.Generator(device).manual_seed(1)
@@ -70,6 +80,8 @@ def check(
 
 def times(inner: int, side: int, batch: int, device: torch.device, toy: bool, rate: float) -> dict[str, Any]:
     """Milliseconds in bfloat16, and times over the floor of the memory traffic at ``rate`` bytes a second."""
+    from vilma.vil.mixing import MixWeights, mix
+
     u = torch.randn(batch, side, side, 2 * inner, device=device, dtype=torch.bfloat16).requires_grad_()
     w = _weights(inner, 4, 3, False, device, torch.bfloat16)
     w = MixWeights(*(x.requires_grad_() for x in w))
@@ -85,8 +97,10 @@ def times(inner: int, side: int, batch: int, device: torch.device, toy: bool, ra
     return figures | ({"error": result.error[:200]} if result.error else {})
 
 
-def _weights(inner, heads, kernel, causal, device, dtype) -> MixWeights:
+def _weights(inner, heads, kernel, causal, device, dtype) -> "MixWeights":
     """Random ones with which float32 is a fair approximation: forget gates near 1, as trained."""
+    from vilma.vil.mixing import MixWeights
+
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape, scale=0.5):
