@@ -7,6 +7,7 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -92,6 +93,15 @@ def _lines(source: Path, options: argparse.Namespace, results: dict[str, Any]) -
             make_mini(env, mini / "training", options.recordings)
     finally:
         env.close()
+    results["renderers"] = gap = renderers(source)
+    shown = "EGL cannot draw here"
+    if gap is not None:
+        shown = (
+            f"pictures of the static camera {gap['static']['grey_levels']:.0f} grey levels apart (median); "
+            f"its depth comes in steps of {gap['static']['depth_step_mm']:.1f} mm with EGL, of "
+            f"{gap['static']['depth_step_tiny_mm']:.2f} mm with TinyRenderer"
+        )
+    yield Line("TinyRenderer beside EGL", shown, "shown", True)
     yield from _policy_lines(source, mini, options, results)
 
 
@@ -181,6 +191,41 @@ def pose_error(env: Any, moments: int = 20) -> float:
         worst = max(worst, 1000 * float(np.abs(ours[:3, 3] - env.pose("gripper")[:3, 3]).max()))
         env.simulator.robot.target_pos, env.simulator.robot.target_orn = kept
     return worst
+
+
+DRAW = """
+import sys, numpy as np, vilma.envs
+env = vilma.envs.make("calvin/D", source=sys.argv[1], renderer=sys.argv[2])
+seen, _ = env.reset(seed=0)
+np.savez(sys.argv[3], **{key: value for key, value in seen.items() if key != "task"})
+"""
+
+
+def renderers(source: Path) -> dict[str, dict[str, float]] | None:
+    """How pictures of one scene differ between PyBullet's renderers; None where EGL cannot draw.
+
+    The step is the median distance between the values that neighbouring depths take.
+    """
+    seen = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for renderer in ("tiny", "egl"):
+            path = Path(folder) / f"{renderer}.npz"
+            run = subprocess.run([sys.executable, "-c", DRAW, source, renderer, path], capture_output=True)
+            if run.returncode:
+                return None
+            with np.load(path) as file:
+                seen[renderer] = dict(file)
+    found = {}
+    for camera in ("static", "gripper"):
+        images = [seen[r][f"observation.images.{camera}"].astype(int) for r in seen]
+        depths = {r: np.unique(seen[r][f"observation.depth.{camera}"]) for r in seen}
+        steps = {r: 1000 * float(np.median(np.diff(values[values > 0]))) for r, values in depths.items()}
+        found[camera] = {
+            "grey_levels": float(np.median(np.abs(images[0] - images[1]))),
+            "depth_step_mm": steps["egl"],
+            "depth_step_tiny_mm": steps["tiny"],
+        }
+    return found
 
 
 def oracle(env: Any, tries: int = 2) -> dict[str, tuple[int, int]]:
