@@ -16,7 +16,7 @@ export MUJOCO_GL ?= osmesa
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
 .PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-imagenet show-calvin check-calvin \
-  show-suites check-robocasa check-libero check-robomimic check-lerobot
+  show-suites check-robocasa check-robocasa02 check-libero check-robomimic check-lerobot
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -92,8 +92,10 @@ show-suites: setup
 
 # Suites that exclude vilma's own packages, each in an environment of its own that is built once, under .cache/suites
 # or in SUITE_ENV; RECORD=1 keeps the lines for show-suites.
-check-robocasa check-libero check-robomimic check-lerobot: check-%: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/contract/run.py $* $(if $(SUITE_ENV),--env $(SUITE_ENV)) $(if $(RECORD),--record)
+# check-robocasa02 needs ROBOCASA=path, a clone of robocasa at its tag v0.2.
+check-robocasa check-robocasa02 check-libero check-robomimic check-lerobot: check-%: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/contract/run.py $* $(if $(SUITE_ENV),--env $(SUITE_ENV)) \
+	  $(if $(ROBOCASA),--source $(ROBOCASA)) $(if $(RECORD),--record)
 
 show-calvin: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-calvin

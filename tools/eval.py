@@ -35,6 +35,8 @@ PACKAGES = {
     "robocasa": ("robocasa", "robosuite"),
     "robocasa365": ("robocasa", "rlinf-robocasa365", "robosuite", "praxis-robosuite"),
 }
+# Suites whose observation.state is made of named readings: the run tells which it was trained with.
+NAMED_STATES = ("robosuite", "robocasa", "robocasa365", "libero")
 # Options of the environment that follow from the policy: no part of a result's name.
 UNNAMED = ("state_keys", "privileged")
 
@@ -84,7 +86,7 @@ def _evaluate(
     cameras = list(facts["cameras"])
     size = image_size(facts["image_size"], options.size)
     env_options = {**facts.get("environment", {}), **env_options}
-    if facts["state_keys"] and task.suite in ("robosuite", "robocasa"):
+    if facts["state_keys"] and task.suite in NAMED_STATES:
         env_options.setdefault("state_keys", facts["state_keys"])
 
     description = {

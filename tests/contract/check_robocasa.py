@@ -1,4 +1,4 @@
-"""Runs beside RoboCasa 1.0.1, on the kitchen of `robocasa_kitchen.py`: does it keep our contract?
+"""Runs beside RoboCasa 1.0.1 or 0.2, on the kitchen of `robocasa_kitchen.py`: does it keep our contract?
 
 Prints a line for each thing with figure, target, met or missed. Not a benchmark.
 """
@@ -17,22 +17,24 @@ import served
 from vilma.datasets.robocasa import open_demos
 from vilma.envs import find_task, make
 from vilma.envs.robocasa import RoboCasaEnv
+from vilma.envs.robocasa_install import installed_version
 from vilma.targets import Line, show
 from vilma.tools import add_depth
 
 CAMERAS = ("robot0_agentview_left", "robot0_agentview_right", "robot0_eye_in_hand")
 COUNTER = 0.92
-TASK = "robocasa365/OpenDrawer"
+MODERN = not (installed_version() or "").startswith("0.")
+TASK, SCENE = ("robocasa365/OpenDrawer", [1, 1]) if MODERN else ("robocasa/OpenDrawer", [0, 0])
 
 
 def main() -> int:
-    env = make(TASK, size=128, scenes=[[1, 1]])
-    mobile = make(TASK, cameras=(), base="mobile", scenes=[[1, 1]])
+    env = make(TASK, size=128, scenes=[SCENE])
+    mobile = make(TASK, cameras=(), base="mobile", scenes=[SCENE])
     with tempfile.TemporaryDirectory() as folder:
         status = show(lines(env, mobile, Path(folder)))
     env.close()
     mobile.close()
-    options = ("--env.horizon", "12", "--env.scenes", "[[1, 1]]")
+    options = ("--env.horizon", "12", "--env.scenes", str([SCENE]))
     line = served.evaluate(sys.argv[1], Path(sys.argv[2]), TASK, CAMERAS, "base", *options)
     return show([line]) or status
 
@@ -146,7 +148,8 @@ def success_hold(env: RoboCasaEnv) -> Line:
         count, done = 0, False
         while not done and count < 40:
             value = 0.0 if count == shut_at else 1.0
-            sim_env.drawer.set_door_state(value, value, sim_env)
+            rng = () if MODERN else (sim_env.rng,)
+            sim_env.drawer.set_door_state(value, value, sim_env, *rng)
             sim_env.sim.forward()
             _, _, done, _, info = env.step(still)
             count += 1
@@ -173,10 +176,9 @@ def replayed(env: RoboCasaEnv, folder: Path) -> Iterator[Line]:
         actions.append(np.concatenate([rng.uniform(-1, 1, 7), [0, 0, 0, 0, -1]]))
         env.step(actions[-1][:7])
     states, actions = np.array(states), np.array(actions)
-    sources = {
-        "0.2": write_hdf5(folder / "demo.hdf5", model, meta, states, actions),
-        "1.x": write_lerobot(folder / "v1", model, meta, states, actions),
-    }
+    sources = {"0.2": write_hdf5(folder / "demo.hdf5", model, meta, states, actions)}
+    if MODERN:
+        sources["1.x"] = write_lerobot(folder / "v1", model, meta, states, actions)
     for version, source in sources.items():
         out = folder / f"{version}.hdf5"
         add_depth.main([str(source), "--out", str(out)])

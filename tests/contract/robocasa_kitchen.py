@@ -1,7 +1,8 @@
 """A kitchen for RoboCasa without its 10 GB of assets: one drawer stack, a counter and a cabinet.
 
-Works on a throw-away copy of the installed package, whose wheel holds the cabinets, panels, handles and
-counters but neither meshes of appliances nor textures. Not a benchmark: it shows that the contract holds.
+Works on a throw-away copy of the installed package (or of a source tree), which holds the cabinets, panels,
+handles and counters but neither meshes of appliances nor textures. Of 0.2 it furnishes layout 0, of 1.x
+layout 1. Not a benchmark: it shows that the contract holds.
 """
 
 import importlib.util
@@ -27,13 +28,14 @@ _without_objects(Kitchen)
 """
 
 
-def main(target: Path) -> None:
-    """Copy the installed robocasa to ``target`` and furnish layout 1, style 1."""
+def main(target: Path, source: Path | None = None) -> None:
+    """Copy robocasa to ``target`` and furnish a layout."""
     found = importlib.util.find_spec("robocasa")
-    if found is None or not found.origin:
+    if source is None and (found is None or not found.origin):
         raise SystemExit("robocasa is not installed here")
     package = target / "robocasa"
-    shutil.copytree(Path(found.origin).parent, package, dirs_exist_ok=True)
+    origin = source / "robocasa" if source else Path(found.origin).parent
+    shutil.copytree(origin, package, dirs_exist_ok=True)
     assets = package / "models" / "assets"
     furnish(assets)
     style(assets)
@@ -43,7 +45,8 @@ def main(target: Path) -> None:
 
 
 def furnish(assets: Path) -> None:
-    (layout,) = (assets / "scenes").rglob("layout001.yaml")
+    names = ("layout001.yaml", "one_wall_small.yaml")
+    layout = next(path for name in names for path in (assets / "scenes").rglob(name))
     room = layout.read_text().split("# Wall accessories")[0]
     layout.write_text(
         room
@@ -73,7 +76,9 @@ main_group:
 
 
 def style(assets: Path) -> None:
-    (file,) = (assets / "scenes").rglob("style001.yaml")
+    file = next((assets / "scenes").rglob("style001.yaml"), None)
+    if file is None:  # 0.2: what its first style names is in the repository
+        return
     text = re.sub(r"(?m)^(\s*default: )\[.*\]$", r"\1[gray, slab, handle_bar]", file.read_text(), count=1)
     file.write_text(text)
 
@@ -107,4 +112,4 @@ def png(color: int) -> bytes:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

