@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.layers import DropPath
+from torch._dynamo.testing import CompileCounter
 
 from vilma.training.classification import Classifier, DistillConfig, LossConfig, MixConfig, Teacher
 from vilma.training.images import AugmentConfig, SampledDropPath, sample_drop_paths, set_draws
@@ -176,3 +177,16 @@ def test_scores_against_plain_counts():
         halves.merge(score_classifier(lambda x: x, part, 7, torch.device("cpu")))
     assert np.array_equal(halves.confusion, scores.confusion)
     assert sorted(halves.worst) == sorted(scores.worst) and halves.figures()["loss"] == figures["loss"]
+
+
+def test_a_compiled_model_is_compiled_once():
+    """Draws of each update are inputs of the compiled backbone, not a reason to compile it again."""
+    counter = CompileCounter()
+    model = Classifier(backbone(0.5), CLASSES, AUGMENT, MixConfig(0.8, 1.0, group=4)).train()
+    plain = copy.deepcopy(model)
+    model.compile(backend=counter)
+    for seed in range(3):
+        whole = batch()
+        whole["seed"] += seed
+        assert model(copy.deepcopy(whole))[0].item() == pytest.approx(plain(whole)[0].item(), rel=1e-6)
+    assert counter.frame_count == 1
