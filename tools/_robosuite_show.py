@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vilma.evaluation import wilson_interval
-from vilma.tools._robosuite_table import CELLS, SHIFT, SHIFT_ALONE, Setting
+from vilma.tools._robosuite_table import CELLS, SHIFT, SHIFTS, Setting
 
 __all__ = ["camera_shift", "compare", "mcnemar", "pooled", "show"]
 
@@ -18,7 +18,7 @@ def show(made: Figures) -> str:
     """Markdown of the whole table. made: the content of the cells' files, by cell name."""
     settings = list(dict.fromkeys(cell.setting for cell in CELLS))
     parts = [
-        _camera_table(setting, made) if setting in (SHIFT, SHIFT_ALONE) else _modality_table(setting, made)
+        _camera_table(setting, made) if setting in SHIFTS else _modality_table(setting, made)
         for setting in settings
     ]
     return "\n\n".join(parts) + "\n"

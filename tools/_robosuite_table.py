@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,13 @@ SHIFT = Setting(
     demos=100,
     environment={"placement": 0.12},
 )
+# The same with a quarter of the demonstrations, where not everything succeeds.
+MOVED_FEW = replace(
+    MOVED, name="few_moved", title=MOVED.title + ", a quarter of the demonstrations", demos=25
+)
+SHIFT_FEW = replace(
+    SHIFT, name="few_shift", title=SHIFT.title + ", a quarter of the demonstrations", demos=25
+)
 # The same seen by agentview alone: no camera that sees the cube from where it was in training.
 _ALONE = ("agentview",)
 MOVED_ALONE = Setting(
@@ -206,8 +213,12 @@ SHIFT_ALONE = Setting(
 _REPOSED = {"camera_translation": 0.12, "camera_rotation": 5.0, "repose_probability": 0.8}
 REPOSED = {
     SHIFT: {"augment": {**_REPOSED, "repose_cameras": ["agentview"]}},
+    SHIFT_FEW: {"augment": {**_REPOSED, "repose_cameras": ["agentview"]}},
     SHIFT_ALONE: {"augment": _REPOSED},
 }
+
+# Settings that are evaluated with agentview where it was in training, and moved.
+SHIFTS = (SHIFT, SHIFT_FEW, SHIFT_ALONE)
 
 # Points can be written in a displaced frame, with the state's position (actions are displacements, which stay
 # what they are): a cube somewhere else for nothing, which images cannot have. Theirs is a shift of pixels.
@@ -233,13 +244,13 @@ def _cells() -> tuple[Cell, ...]:
     cells += [Cell(STACK, modality, 0) for modality in ("rgb", "cat")]
     cells += [Cell(STACK, "cat", 0, **displaced)]
     # All trainings before the evaluations that share them.
-    for setting, centimetres in itertools.product((SHIFT, SHIFT_ALONE), (0, 5, 10)):
+    for setting, centimetres in itertools.product(SHIFTS, (0, 5, 10)):
         moved = {"moved": f"{centimetres}cm", "environment": {"camera_shift": centimetres / 100}}
         moved = moved if centimetres else {}
         for modality in ("cat", "xyz", "rgb"):
             cells += [Cell(setting, modality, 0, variant="reposed", changes=REPOSED[setting], **moved)]
             cells += [Cell(setting, modality, 0, **moved)]
-    for setting in (MOVED, MOVED_ALONE):
+    for setting in (MOVED, MOVED_FEW, MOVED_ALONE):
         cells += [Cell(setting, modality, 0) for modality in three]
         cells += [Cell(setting, modality, 0, **displaced) for modality in ("xyz", "cat")]
     cells += [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in second]
