@@ -1,24 +1,27 @@
 """Compiles the Triton kernels around the mLSTM without a GPU: `python mix_triton_compile.py`.
 
 Standard input: a JSON list of jobs (dictionaries, see `Job`). Standard output: one JSON line a kernel, with
-registers, shared memory and instructions that go to local memory (spills). What the four passes launch is
-compiled, exactly as it would be launched there.
+registers, shared memory, instructions that go to local memory (spills), and operands that Hopper's matrix
+unit reads from rows of less than 128 bytes (narrow). What the four passes launch is compiled, exactly as it
+would be launched there.
 """
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import triton
 
 from vilma.xlstm import mix_triton
 from vilma.xlstm.mlstm_triton_tiles import Tile
 
 # PYTHONSAFEPATH leaves a script's own folder out
 sys.path.append(str(Path(__file__).resolve().parent))
-from triton_compile import TARGETS, report, source
+from triton_compile import TARGETS, options_of, report, source
 
 
 class Parameters(SimpleNamespace):
@@ -86,6 +89,11 @@ def launches(job: Job) -> list[tuple]:
     return [x for x in recorded if not job.kernels or x[0].fn.__name__ in job.kernels]
 
 
+def narrow(job: Job, made, tile: Tile) -> int:
+    compiled = triton.compile(made, target=TARGETS[job.target][0], options=options_of(tile))
+    return len(re.findall(r"swizzlingByteWidth = (?!128\b)\d+", compiled.asm["ttgir"]))
+
+
 if __name__ == "__main__":
     seen = set()
     for number, given in enumerate(json.load(sys.stdin)):
@@ -104,7 +112,7 @@ if __name__ == "__main__":
                 "tile": list(tile),
             }
             try:
-                found |= report(job, made, tile) if job.compile else {"key": key}
+                found |= report(job, made, tile) | {"narrow": narrow(job, made, tile)} if job.compile else {}
             except Exception as error:
                 found["error"] = f"{type(error).__name__}: {str(error)[-600:]}"
             print(json.dumps(found), flush=True)
