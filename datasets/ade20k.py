@@ -31,7 +31,7 @@ class MaskDataConfig:
         root: of the data set.
         zero_is_ignored: mask value 0 is no class and the others count from 1, as in ADE20K's 150 classes.
         names: a text file with the name of a class on each line; none numbers them.
-        count, side: of generated training images, and their side; a quarter as many are held out.
+        count, side: of generated training images, and their side; a quarter as many (500 at most) are held out.
     """
 
     format: Literal["ade20k", "shapes"] = "ade20k"
@@ -87,7 +87,7 @@ class MaskFolder:
 
 
 class ShapeImages:
-    """Generated images: one to four shapes over each other on noise; each a function of its index."""
+    """Generated images: one to three shapes on noise, in colours apart; each a function of its index."""
 
     def __init__(self, count: int, side: int, first: int):
         self.count, self.side, self.first = count, side, first
@@ -100,17 +100,30 @@ class ShapeImages:
 
     def open(self, index: int) -> tuple[Image.Image, Image.Image]:
         rng, side = np.random.default_rng(self.first + index), self.side
-        image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3).tolist()))
-        mask = Image.new("L", (side, side), 0)
-        for _ in range(int(rng.integers(1, 5))):
-            kind = int(rng.integers(1, len(SHAPES)))
-            x, y = rng.uniform(0.15, 0.85, 2) * side
-            outline = _outline(kind, x, y, rng.uniform(0.14, 0.26) * side, rng.uniform(0, 2 * math.pi))
-            colour = tuple(rng.integers(0, 256, 3).tolist())
-            for canvas, fill in ((image, colour), (mask, kind)):
+        colours, centres = [rng.integers(0, 256, 3)], []
+        image, mask = (
+            Image.new("RGB", (side, side), tuple(colours[0].tolist())),
+            Image.new("L", (side, side), 0),
+        )
+        for _ in range(int(rng.integers(1, 4))):
+            centre = _apart(centres, lambda: rng.uniform(0.2, 0.8, 2), 0.35)
+            colour = _apart(colours, lambda: rng.integers(0, 256, 3), 120)
+            kind, radius = int(rng.integers(1, len(SHAPES))), rng.uniform(0.17, 0.28) * side
+            outline = _outline(kind, *(centre * side), radius, rng.uniform(0, 2 * math.pi))
+            for canvas, fill in ((image, tuple(colour.tolist())), (mask, kind)):
                 ImageDraw.Draw(canvas).polygon(outline, fill=fill)
         noise = rng.normal(0, 12, (side, side, 3))
         return Image.fromarray(np.clip(np.array(image) + noise, 0, 255).astype(np.uint8)), mask
+
+
+def _apart(others: list[np.ndarray], draw: Callable[[], np.ndarray], distance: float) -> np.ndarray:
+    """A draw that lies away from others, which it joins; the last of twenty where none does."""
+    for _ in range(20):
+        drawn = draw()
+        if all(np.linalg.norm(drawn - other) >= distance for other in others):
+            break
+    others.append(drawn)
+    return drawn
 
 
 def _outline(kind: int, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
@@ -124,7 +137,7 @@ def open_masks(config: MaskDataConfig, split: str) -> MaskFolder | ShapeImages:
     if config.format == "ade20k":
         return MaskFolder(config, split)
     if split == config.val:
-        return ShapeImages(max(1, config.count // 4), config.side, first=config.count)
+        return ShapeImages(max(1, min(500, config.count // 4)), config.side, first=config.count)
     return ShapeImages(config.count, config.side, first=0)
 
 

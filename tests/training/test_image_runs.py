@@ -108,3 +108,16 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5, name
         last = [lines(tmp_path / d)[-1] for d in ("one", name)]
         assert last[0]["val_top1"] == pytest.approx(last[1]["val_top1"], abs=2e-3)
+
+
+@pytest.mark.long
+def test_digits_are_learnt_by_the_smoke_recipe(tmp_path):
+    """A sixth of the recipe of configs/smoke/vil_digits.yaml; the whole of it is under docs/results/imagenet."""
+    run_dir = tmp_path / "digits"
+    words = [sys.executable, "-m", "vilma.tools.train_imagenet", str(CONFIG), "--run-dir", str(run_dir)]
+    words += ["--train.steps", "160", "--train.checkpoint_every", "160", "--train.tensorboard", "false"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run_dir / "eval" / "val.json").read_text())
+    assert result["samples"] == 1000 and result["top1"] > 0.88
+    assert len(list((run_dir / "eval" / "val_worst").glob("*.png"))) == len(result["worst"])
