@@ -112,7 +112,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 
 @pytest.mark.long
 def test_digits_are_learnt_by_the_smoke_recipe(tmp_path):
-    """A sixth of the recipe of configs/smoke/vil_digits.yaml; the whole of it is under docs/results/imagenet."""
+    """A sixth of configs/smoke/vil_digits.yaml; docs/results/imagenet has the whole."""
     run_dir = tmp_path / "digits"
     words = [sys.executable, "-m", "vilma.tools.train_imagenet", str(CONFIG), "--run-dir", str(run_dir)]
     words += ["--train.steps", "160", "--train.checkpoint_every", "160", "--train.tensorboard", "false"]
