@@ -31,7 +31,7 @@ class MaskDataConfig:
         root: of the data set.
         zero_is_ignored: mask value 0 is no class and the others count from 1, as in ADE20K's 150 classes.
         names: a text file with the name of a class on each line; none numbers them.
-        count, side: of generated training images, and their side; a quarter as many (500 at most) are held out.
+        count, side: of generated training images, and their side; a quarter as many, to 500, are held out.
     """
 
     format: Literal["ade20k", "shapes"] = "ade20k"
