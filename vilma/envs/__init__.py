@@ -68,9 +68,9 @@ def scripted_policy(name: str) -> Any:
 
     Raises ValueError where there is none.
     """
+    if not name.startswith("metaworld/"):
+        raise ValueError(f"no scripted policy for {name}; MetaWorld's tasks have one each: name a task")
     task = find_task(name)
-    if task.suite != "metaworld":
-        raise ValueError(f"no scripted policy for {name}; MetaWorld's tasks have one")
     return importlib.import_module(f"{__name__}.metaworld").ScriptedPolicy(task)
 
 

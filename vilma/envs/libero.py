@@ -18,7 +18,7 @@ import numpy as np
 
 from vilma.extras import require
 
-from .libero_install import LiberoNotInstalled
+from .libero_install import STEPS, LiberoNotInstalled
 from .mujoco_cameras import CameraRig
 from .opengl import prepare, raise_if_missing
 from .options import flag, names, number
@@ -193,8 +193,8 @@ def _load_suite(task: Task) -> tuple[Any, Any]:
     """LIBERO's modules: the benchmarks and the environments."""
     if importlib.util.find_spec("libero") is None:
         raise LiberoNotInstalled(
-            f"{task.name} needs LIBERO, which is not installed here: vilma doctor libero tells how. It has "
-            "an environment of its own; serve the policy to it (vilma serve)"
+            f"{task.name} needs LIBERO, which is not installed here (vilma doctor libero looks closer).\n\n"
+            f"{STEPS}"
         )
     prepare()
     try:

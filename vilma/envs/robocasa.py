@@ -20,7 +20,7 @@ from .mujoco_cameras import CameraRig
 from .opengl import prepare, raise_if_missing
 from .options import flag, names, number
 from .replay import BASE_SITE
-from .robocasa_install import RoboCasaNotInstalled, installed_version
+from .robocasa_install import STEPS, RoboCasaNotInstalled, installed_version
 from .suite_tables import ROBOCASA_RENAMED, ROBOCASA_SCENES
 from .tasks import Task
 
@@ -231,8 +231,8 @@ def _load_suite(task: Task, modern: bool) -> Any:
     version = installed_version()
     if version is None:
         raise RoboCasaNotInstalled(
-            f"{task.name} needs RoboCasa, which is not installed here: vilma doctor robocasa tells how. It "
-            "has an environment of its own; serve the policy to it (vilma serve)"
+            f"{task.name} needs RoboCasa, which is not installed here (vilma doctor robocasa looks closer)."
+            f"\n\n{STEPS}"
         )
     if version[0].isdecimal() and (int(version.split(".")[0]) >= 1) != modern:
         name = task.name.partition("/")[2]

@@ -48,7 +48,8 @@ For 0.2 (the 24 atomic tasks, with which papers until 2025 were measured), in an
   git clone --branch v0.2 https://github.com/robocasa/robocasa && pip install --no-deps -e robocasa
   pip install --no-deps robosuite==1.5.1
   pip install mujoco==3.2.6 numpy==1.23.5 numba==0.57.1 'scipy<1.12' 'opencv-python-headless<4.11' \\
-    'h5py<3.12' 'pillow<11' 'pyarrow<20' 'imageio<2.35' imageio-ffmpeg gymnasium pyyaml tqdm termcolor lxml pygame
+    'h5py<3.12' 'pillow<11' 'pyarrow<20' 'imageio<2.35' imageio-ffmpeg gymnasium pyyaml tqdm termcolor \\
+    lxml pygame
   python robocasa/robocasa/scripts/setup_macros.py
   python robocasa/robocasa/scripts/download_kitchen_assets.py       # about 5 GB
 

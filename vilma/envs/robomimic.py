@@ -1,7 +1,7 @@
 """A policy of vilma in robomimic's own rollout loop (``robomimic.utils.train_utils.run_rollout``).
 
-robomimic is optional and stays outside: ``pip install --no-deps robomimic`` (a plain install of 0.3.0
-replaces torch). Its environments give observations under robosuite's names; the adapter turns them into the
+robomimic is optional and stays outside: ``pip install --no-deps robomimic six`` (a plain install of 0.3.0 may
+replace torch). Its environments give observations under robosuite's names; the adapter turns them into the
 house's keys and asks the environment for what an observation lacks, the camera matrices.
 """
 
