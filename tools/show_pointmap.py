@@ -78,7 +78,10 @@ def table_lines() -> Iterator[Line]:
         if modality == "rgb":
             yield Line(name, figure or "not run", "shown beside", bool(values))
         else:
-            met = len(values) == 2 and values["reposed"] <= values[""] / 2
+            lost_plainly = values.get("", 0)
+            if len(values) == 2 and lost_plainly <= 0:
+                figure += ": nothing was lost plainly, so there is nothing to halve"
+            met = len(values) == 2 and 0 < lost_plainly >= 2 * values["reposed"]
             yield Line(name, figure or "not run", "re-posed at most half of plainly", met)
 
 
