@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -130,7 +131,7 @@ class WeightsAndBiases:
             return
         kept = run_dir / "wandb_id.txt"
         if not kept.is_file():
-            replace_text(kept, wandb.util.generate_id())
+            replace_text(kept, secrets.token_hex(6))
         options = {"id": kept.read_text().strip(), "resume": "allow", "config": dict(description)}
         self._try(lambda: self._open(wandb, project=project, name=run_dir.name, dir=str(run_dir), **options))
 
