@@ -51,8 +51,9 @@ _MANY = 128
 # narrower (float32: 32 features).
 _LEAST = 64
 # Tiles are (bt, bs, bk, bv, warps, stages, registers). "narrow": both head sizes up to 128, each held by one
-# tile.
-# sm90: the fastest measured on an H100 that spill nothing. The others are what compiles without spilling.
+# tile. "middle": up to 256, where it differs from "wide".
+# sm90: the fastest that spill nothing, measured on an H100 and, for wide heads, on an H200 (`vilma bench-gpu
+# --sections tiles`). The others are what compiles without spilling.
 _TABLE = {
     ("sm80", "narrow"): Tiles(
         chunk=128,
@@ -93,8 +94,8 @@ _TABLE = {
         least=_LEAST,
     ),
     ("sm90", "wide"): Tiles(
-        chunk=256,
-        forward=Tile(64, 64, 64, 128, 4, 3),
+        chunk=128,
+        forward=Tile(64, 64, 64, 128, 4, 4),
         carry=Tile(128, 0, 64, 128, 4, 1),
         grad_q=Tile(64, 64, 128, 64, 4, 3),
         grad_kv=None,
@@ -144,6 +145,8 @@ _TABLE = {
 # Blackwell keeps accumulators in a memory of their own: there some of these spill, and Triton 3.7 does not
 # compile the gradient of carry in one stage.
 _CARRY_100 = {"carry": Tile(64, 0, 64, 128, 8, 2), "carry_few": Tile(64, 0, 64, 64, 4, 2)}
+# Beyond 256 this one spills.
+_TABLE["sm90", "middle"] = _TABLE["sm90", "wide"]._replace(grad_k=Tile(64, 64, 128, 64, 4, 3))
 _TABLE |= {
     ("sm100", "narrow"): _TABLE["sm90", "narrow"]._replace(
         forward=Tile(64, 64, 128, 128, 4, 2), grad_q=Tile(64, 64, 128, 128, 4, 2), **_CARRY_100
@@ -157,7 +160,10 @@ def tiles_for(kind: str, dtype: torch.dtype, dim_qk: int, dim_v: int) -> Tiles:
     """The table. ``kind``: sm80 (and whatever is not named here), sm90, sm100 or gfx942."""
     if dtype == torch.float32:
         return _TABLE[kind, "float32"]
-    return _TABLE[kind, "narrow" if max(dim_qk, dim_v) <= 128 else "wide"]
+    largest = max(dim_qk, dim_v)
+    if 128 < largest <= 256 and (kind, "middle") in _TABLE:
+        return _TABLE[kind, "middle"]
+    return _TABLE[kind, "narrow" if largest <= 128 else "wide"]
 
 
 def carry_tile(tiles: Tiles, heads: int, dim_qk: int, dim_v: int) -> Tile:
