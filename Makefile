@@ -5,6 +5,7 @@ SEED     ?= 0
 DEMOS    ?= 100
 EPISODES ?= 50
 TRAIN    ?=
+JOBS     ?= 2
 VENV     := .venv
 BIN      := $(VENV)/bin
 VILMA    := $(BIN)/vilma
@@ -43,10 +44,10 @@ demo: setup
 	@echo "open $(RUN)/report.html"
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not long"
 
 test-long: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m long
 
 # timm's own model tests for every vil* name, from its source distribution; K=vil2_tiny runs those of one.
 test-timm: setup
