@@ -36,11 +36,12 @@ _COUNTS = (
 class PointMapPolicyConfig:
     """Options of ``PointMapPolicy``; the defaults are the paper's RoboCasa size where it states one.
 
-    cameras: names, in token order. image_size: expected (H, W) a camera, others are refused; no entry accepts
-    any. crops: the pixels (top, left, height, width) that are used; no entry uses all. resize: (H, W) that
-    the encoders see; RGB bilinear with antialiasing, points by nearest pixel after unprojection. shift:
-    random shift of at most so many of these pixels in training; ``paired_shift`` moves point maps along with
-    their images, the paper moved the images only. augment: further changes in training, before all of these.
+    cameras: names, in token order; none for a policy on the state alone. image_size: expected (H, W) a
+    camera, others are refused; no entry accepts any. crops: the pixels (top, left, height, width) that are
+    used; no entry uses all. resize: (H, W) that the encoders see; RGB bilinear with antialiasing, points by
+    nearest pixel after unprojection. shift: random shift of at most so many of these pixels in training;
+    ``paired_shift`` moves point maps along with their images, the paper moved the images only. augment:
+    further changes in training, before all of these.
 
     modality: the pictures and how their tokens are fused (`vilma.policies.fusion.MODALITIES`): rgb, depth,
     xyz, 6ch, add, cat (the paper's PMP), attention, dp3. modality_dropout: probability that a training sample
@@ -177,8 +178,13 @@ class PointMapPolicyConfig:
         }.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
-        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
-            raise ValueError(f"cameras must name at least one camera, each once; got {list(self.cameras)}")
+        if len(set(self.cameras)) < len(self.cameras) or not (self.cameras or self.use_state):
+            raise ValueError(
+                f"cameras must name at least one camera, each once; got {list(self.cameras)}. A policy on "
+                "the state alone needs use_state"
+            )
+        if not self.cameras and self.modality == "dp3":
+            raise ValueError("modality dp3 makes one cloud of all cameras, and cameras names none")
         for camera in self.cameras:
             if not re.fullmatch(r"\w+", camera):
                 raise ValueError(f"a camera name consists of letters, digits and underscores; got {camera!r}")

@@ -64,7 +64,7 @@ class PointMapPolicy(Policy):
             raise ValueError(
                 f"the encoders give tokens of different widths {sorted(widths)}: set encoder_features"
             )
-        width = c.encoder_features or widths.pop()
+        width = c.encoder_features or (widths.pop() if widths else c.dim)
         self.adapters = nn.ModuleDict(
             {
                 name: nn.Linear(encoder.num_features, width)

@@ -450,7 +450,7 @@ def test_batches_that_do_not_fit():
     ("changes", "message"),
     [
         ({"modality": "rgbd"}, "modality must be one of rgb, depth, xyz, 6ch, add, .*; got 'rgbd'"),
-        ({"cameras": ()}, "at least one camera"),
+        ({"cameras": (), "use_state": False}, "at least one camera"),
         ({"cameras": ("a.b",)}, "letters, digits and underscores; got 'a.b'"),
         ({"crops": {"side": (0, 0, 4, 4)}}, "crops names side; the cameras are front, wrist"),
         ({"execute": 7}, r"execute \(7\) must not exceed the horizon \(6\)"),
