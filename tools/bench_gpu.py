@@ -37,7 +37,7 @@ from vilma.xlstm.rnn_naive import CELLS
 # RMS ratio to float64 that outputs, states and gradients may have
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 3e-3}
 EXTREME = 2e-4  # float32 with gates of +-30
-LOOSER = {"dm0": 2, "dn0": 2}  # sums over all features that cancel, of rounded products
+LOOSER = {"dm0": 2, "dn0": 2, "di_bias": 2}  # long sums of rounded products that cancel
 RNN_BFLOAT16 = 2e-2  # h is rounded to bfloat16 at every step
 BYTES_PER_SECOND = 3.0e12  # an H100's, of every floor; what the device itself copies stands in the JSON file
 SECTIONS = (
