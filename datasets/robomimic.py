@@ -327,9 +327,9 @@ class RobomimicDataset(torch.utils.data.Dataset):
             hints.append(f"it has the cameras {cameras}")
         elif any(name.endswith(GEOMETRY) for name in missing):
             hints.append(
-                "depth and camera matrices are no part of plain robomimic files: collect again with "
-                "`vilma collect-robosuite`, or replay `states` with `model_file` and add them "
-                "(datasets/robomimic.md); for images alone set depth: false"
+                "depth and camera matrices are no part of plain robomimic files: replay their `states` with "
+                "`vilma add-depth` (or collect with `vilma collect-robosuite`); for images alone set "
+                "depth: false"
             )
         else:
             hints.append(f"it has the observations {sorted(there)}")
