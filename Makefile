@@ -16,7 +16,7 @@ export MUJOCO_GL ?= osmesa
 
 RUN := runs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 
-.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-imagenet show-calvin check-calvin \
+.PHONY: setup system demo test test-long lint format lock wheel clean bench test-timm show-house show-mlstm show-rnn show-vil show-pointmap show-gpu show-imagenet show-calvin check-calvin \
   show-suites check-robocasa check-robocasa02 check-libero check-robomimic check-lerobot
 .DEFAULT_GOAL := setup
 
@@ -115,6 +115,9 @@ check-calvin: setup
 
 show-imagenet: setup
 	OMP_NUM_THREADS=1 $(VILMA) show-imagenet
+
+show-gpu: setup
+	$(VILMA) show-gpu
 
 bench: setup
 	OMP_NUM_THREADS=1 $(VILMA) bench-mlstm
