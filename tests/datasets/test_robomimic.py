@@ -266,7 +266,7 @@ def test_images_alone_need_no_geometry(own_file: Path) -> None:
         "observation.state",
         *(f"observation.images.{camera}" for camera in CAMERAS),
     }
-    with pytest.raises(ValueError, match=r"replay[^$]*vilma add-depth[^$]*collect-robosuite[^$]*depth: false"):
+    with pytest.raises(ValueError, match=r"vilma add-depth[^$]*collect-robosuite[^$]*depth: false"):
         RobomimicDataset(RobomimicConfig(str(own_file)))
     state = RobomimicDataset(RobomimicConfig(str(own_file), cameras=(), images=False, depth=False))
     assert len(state) == 16 and state.nbytes == 16 * (11 + 7) * 4

@@ -82,6 +82,7 @@ def test_wrong_names_are_answered():
     assert {task.name for task in find_tasks("metaworld")} == {f"metaworld/{n}" for n in ALL_V3_ENVIRONMENTS}
 
 
+@pytest.mark.long
 def test_the_scripted_policy_through_the_runner(tmp_path, monkeypatch, capfd):
     from vilma.tools import eval as tool
 
