@@ -41,7 +41,7 @@ class MaskDataConfig:
     zero_is_ignored: bool = True
     names: str | None = None
     count: int = 2000
-    side: int = 64
+    side: int = 32
 
     def __post_init__(self) -> None:
         if self.format != "shapes" and not self.root:
@@ -87,7 +87,7 @@ class MaskFolder:
 
 
 class ShapeImages:
-    """Generated images: one to three shapes on noise, in colours apart; each a function of its index."""
+    """Generated images: one or two shapes on noise, in colours apart; each a function of its index."""
 
     def __init__(self, count: int, side: int, first: int):
         self.count, self.side, self.first = count, side, first
@@ -105,14 +105,14 @@ class ShapeImages:
             Image.new("RGB", (side, side), tuple(colours[0].tolist())),
             Image.new("L", (side, side), 0),
         )
-        for _ in range(int(rng.integers(1, 4))):
-            centre = _apart(centres, lambda: rng.uniform(0.2, 0.8, 2), 0.35)
+        for _ in range(int(rng.integers(1, 3))):
+            centre = _apart(centres, lambda: rng.uniform(0.2, 0.8, 2), 0.4)
             colour = _apart(colours, lambda: rng.integers(0, 256, 3), 120)
-            kind, radius = int(rng.integers(1, len(SHAPES))), rng.uniform(0.17, 0.28) * side
-            outline = _outline(kind, *(centre * side), radius, rng.uniform(0, 2 * math.pi))
+            kind, radius = int(rng.integers(1, len(SHAPES))), rng.uniform(0.19, 0.29) * side
+            outline = _outline(kind, *(centre * side), radius, rng.uniform(-0.2, 0.2))
             for canvas, fill in ((image, tuple(colour.tolist())), (mask, kind)):
                 ImageDraw.Draw(canvas).polygon(outline, fill=fill)
-        noise = rng.normal(0, 12, (side, side, 3))
+        noise = rng.normal(0, 8, (side, side, 3))
         return Image.fromarray(np.clip(np.array(image) + noise, 0, 255).astype(np.uint8)), mask
 
 
@@ -127,8 +127,10 @@ def _apart(others: list[np.ndarray], draw: Callable[[], np.ndarray], distance: f
 
 
 def _outline(kind: int, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    corners = {1: 40, 2: 4, 3: 3}[kind]
-    angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+    """Corners of a disc, or of a square or an upright triangle about as large, turned by some radians."""
+    corners, first, wider = {1: (40, 0.0, 1.0), 2: (4, math.pi / 4, 1.25), 3: (3, -math.pi / 2, 1.45)}[kind]
+    radius *= wider
+    angles = [turn + first + 2 * math.pi * k / corners for k in range(corners)]
     return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
 
 
