@@ -126,6 +126,12 @@ def test_the_table_averages_tasks_groups_and_repeats():
     assert rows["all", "all tasks"].episodes == 24
     (alone,) = table([result("r/Open", [1, 0])])
     assert alone.deviation is None
+    wide = result("r/Open", [0, 0], environment={"placement": 0.12})
+    rows = table([result("r/Open", [1, 1]), result("r/Open", [0, 1]), wide])
+    assert [(row.name, row.mean, row.episodes) for row in rows[:2]] == [
+        ("r/Open", 1.0, 2),  # the first of two that agree in everything
+        ("r/Open placement 0.12", 0.0, 2),
+    ]
 
 
 def test_the_command_pairs_runs_and_files(tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vilma.evaluation import EvaluationError, read_result
-from vilma.summaries import Difference, compare, environment_of
+from vilma.summaries import Difference, compare, environment_of, labels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,7 +82,7 @@ def results_in(path: Path) -> dict[str, dict[str, Any]]:
         result = read(file)
         told = result["description"]
         key = [environment_of(result), sorted(told.get("blank", [])), told.get("seed")]
-        found[json.dumps(key, sort_keys=True)] = result
+        found.setdefault(json.dumps(key, sort_keys=True), result)  # of two checkpoints, the last one
     if not found:
         raise EvaluationError(f"no results at {path}: give a run, a folder of results or a result file")
     return found
@@ -91,15 +91,9 @@ def results_in(path: Path) -> dict[str, dict[str, Any]]:
 def by_name(pairs: Sequence[tuple[dict, dict]]) -> dict[str, list[tuple[dict, dict]]]:
     """Pairs of results by the environment's name (repeats together), with its options where names recur."""
     found: dict[str, list[tuple[dict, dict]]] = {}
-    several = len({json.dumps(environment_of(a), sort_keys=True) for a, _ in pairs}) > len(
-        {_name(a) for a, _ in pairs}
-    )
-    for a, b in pairs:
-        environment, blank = environment_of(a), a["description"].get("blank", [])
-        plain = ("name", "horizon", "hold", "group")
-        options = [f"{k} {v}" for k, v in environment.items() if k not in plain] if several else []
-        options += [f"blank {', '.join(blank)}"] if blank else []
-        found.setdefault(" ".join([_name(a), *options]), []).append((a, b))
+    for label, (a, b) in zip(labels([a for a, _ in pairs]), pairs):
+        blank = a["description"].get("blank")
+        found.setdefault(f"{label} blank {', '.join(blank)}" if blank else label, []).append((a, b))
     return found
 
 

@@ -10,13 +10,15 @@ __all__ = ["by_task", "chain_hero", "chains"]
 
 
 def by_task(results: Sequence[Mapping[str, Any]]) -> str:
-    """HTML of success by task, group and over all, with the deviation over repeats; empty for one evaluation.
+    """HTML of success by task, group and over all, with the deviation over repeats.
 
-    Blanked policies and other options of one environment are left to the table of all evaluations.
+    Blanked policies are left to the table of all evaluations, and so is a single task without repeats: then
+    it is empty.
     """
     seeing = [r for r in results if not r["description"].get("blank") and r["episodes"]]
     rows = table(seeing)
-    if len(rows) < 2:
+    names = {r["description"].get("environment", {}).get("name") for r in seeing}
+    if len(names) < 2 and all(row.deviation is None for row in rows):
         return ""
     cells = ["<tr><th>Task</th><th>Success</th><th>Over repeats</th><th>Episodes</th></tr>"]
     for row in rows:

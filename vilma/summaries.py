@@ -4,6 +4,7 @@ Works on result files (``vilma.evaluation.read_result``). Episodes of two result
 seed in the same environment are a pair; everything that says "paired" rests on that.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ __all__ = [
     "TaskRow",
     "compare",
     "environment_of",
+    "labels",
     "mcnemar",
     "paired_interval",
     "table",
@@ -160,6 +162,20 @@ def environment_of(result: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in environment.items() if key not in own}
 
 
+def labels(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The name of each result's environment, with its options where one name stands for several."""
+    environments = [environment_of(result) for result in results]
+    variants: dict[str, set[str]] = {}
+    for environment in environments:
+        variants.setdefault(environment.get("name", "?"), set()).add(json.dumps(environment, sort_keys=True))
+    plain, found = ("name", "horizon", "hold", "group"), []
+    for environment in environments:
+        name = str(environment.get("name", "?"))
+        options = [f"{k} {v}" for k, v in environment.items() if k not in plain]
+        found.append(" ".join([name, *options]) if len(variants[environment.get("name", "?")]) > 1 else name)
+    return found
+
+
 class TaskRow(NamedTuple):
     """One task, one group or all: mean and standard deviation (over repeats) of success rates in [0, 1]."""
 
@@ -174,18 +190,19 @@ def table(results: Iterable[Mapping[str, Any]]) -> list[TaskRow]:
     """Success by task, then by group, then over all tasks (each task counts the same).
 
     Results of one task that start from different seeds are its repeats; the deviation (population, as papers
-    quote it) is over them: of a group, over the group's mean in each repeat.
+    quote it) is over them: of a group, over the group's mean in each repeat. Other options of an environment
+    make another task; of results that agree in everything (two checkpoints) the first counts.
     """
     rates: dict[str, dict[int, float]] = {}
     groups: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for result in results:
-        environment = result["description"].get("environment", {})
-        if not result["episodes"] or "name" not in environment:
+    results = [r for r in results if r["episodes"] and "name" in r["description"].get("environment", {})]
+    for task, result in zip(labels(results), results):
+        told, summary = result["description"], result["summary"]
+        if (seed := int(told.get("seed", 0))) in rates.get(task, {}):
             continue
-        task, summary = str(environment["name"]), result["summary"]
-        rates.setdefault(task, {})[int(result["description"].get("seed", 0))] = summary["rate"]
-        groups[task] = str(environment.get("group", ""))
+        rates.setdefault(task, {})[seed] = summary["rate"]
+        groups[task] = str(told["environment"].get("group", ""))
         counts[task] = counts.get(task, 0) + summary["episodes"]
     rows = [_row(task, "task", [task], rates, counts) for task in rates]
     names = [group for group in dict.fromkeys(groups.values()) if group]
