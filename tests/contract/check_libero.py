@@ -29,9 +29,9 @@ def main() -> int:
 def lines(env: LiberoEnv) -> Iterator[Line]:
     observation, _ = env.reset(seed=FIRST_SEED)
     arrays = [key for key in observation if key != "task"]
-    yield Line(
-        "observation", f"{len(arrays)} arrays, task {observation['task']!r}", "9 arrays", len(arrays) == 9
-    )
+    inside = env.observation_space.contains(observation)
+    figure = f"{len(arrays)} arrays, task {observation['task']!r}, within its space: {inside}"
+    yield Line("observation", figure, "9 arrays, within", len(arrays) == 9 and inside)
     yield from (table(observation, camera) for camera in CAMERAS)
     yield fixed_states(env)
     yield repeats(env, observation)

@@ -41,7 +41,7 @@ def main() -> int:
 
 def lines(env: RoboCasaEnv, mobile: RoboCasaEnv, folder: Path) -> Iterator[Line]:
     observation, _ = env.reset(seed=0)
-    yield keys(observation)
+    yield keys(env, observation)
     yield from (plane(env, observation, camera) for camera in CAMERAS)
     yield seeded(env)
     yield action_layout(env)
@@ -51,7 +51,7 @@ def lines(env: RoboCasaEnv, mobile: RoboCasaEnv, folder: Path) -> Iterator[Line]
     yield from replayed(env, folder)
 
 
-def keys(observation: dict) -> Line:
+def keys(env: RoboCasaEnv, observation: dict) -> Line:
     shapes = {}
     for camera in CAMERAS:
         shapes |= {
@@ -62,8 +62,10 @@ def keys(observation: dict) -> Line:
         }
     shapes["observation.state"] = ((9,), np.float32)
     found = {k: (v.shape, v.dtype.type) for k, v in observation.items() if k != "task"}
-    text = f"{len(found)} arrays, task {observation['task']!r}"
-    return Line("observation keys, shapes, dtypes", text, "those of the contract", found == shapes)
+    inside = env.observation_space.contains(observation)
+    text = f"{len(found)} arrays, task {observation['task']!r}, within its space: {inside}"
+    met = found == shapes and inside
+    return Line("observation keys, shapes, dtypes", text, "those of the contract", met)
 
 
 def plane(env: RoboCasaEnv, observation: dict, camera: str) -> Line:

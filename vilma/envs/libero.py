@@ -22,6 +22,7 @@ from .libero_install import STEPS, LiberoNotInstalled
 from .mujoco_cameras import CameraRig
 from .opengl import prepare, raise_if_missing
 from .options import flag, names, number
+from .spaces import observation_space
 from .tasks import Task
 
 gymnasium = require("gymnasium", "robot")
@@ -106,7 +107,10 @@ class LiberoEnv(gymnasium.Env):
             raise_if_missing(error)
             raise
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float32)
-        self.observation_space = gymnasium.spaces.Dict()
+        self._raw = self._env.env._get_observations()
+        self._check_state_keys()
+        width = sum(np.size(self._raw[key]) for key in self.state_keys)
+        self.observation_space = observation_space(self.cameras, self.size, width)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Start from one of the fixed states; ``options={"render": False}`` gives zero images."""
@@ -128,10 +132,6 @@ class LiberoEnv(gymnasium.Env):
             self._rig.check(self.cameras, self.task.name)
         for _ in range(self.settle):
             self._raw, *_ = env.step(IDLE)
-        for key in self.state_keys:
-            if key not in self._raw:
-                known = ", ".join(k for k in self._raw if k.startswith("robot0_"))
-                raise ValueError(f"unknown state key {key!r}; the robot reads: {known}")
         self._steps = self._held = 0
         return self.observe((options or {}).get("render", True)), {"success": False}
 
@@ -177,6 +177,12 @@ class LiberoEnv(gymnasium.Env):
         if self._env is not None:
             self._env.close()
         self._env = None
+
+    def _check_state_keys(self) -> None:
+        for key in self.state_keys:
+            if key not in self._raw:
+                known = ", ".join(k for k in self._raw if k.startswith("robot0_"))
+                raise ValueError(f"unknown state key {key!r}; the robot reads: {known}")
 
     def _close_rig(self) -> None:
         if self._rig is not None:

@@ -5,7 +5,6 @@ The cameras are MetaWorld's own; ``corner2`` hangs upside down, and so do its pi
 """
 
 import importlib
-import string
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -18,6 +17,7 @@ from vilma.extras import require
 from .mujoco_cameras import CameraRig
 from .opengl import prepare, raise_if_missing
 from .options import flag, names, number
+from .spaces import observation_space
 from .tasks import Task
 
 gymnasium = require("gymnasium", "metaworld")
@@ -85,7 +85,9 @@ class MetaWorldEnv(gymnasium.Env):
             self._rig.check(self.cameras, task.name)
         self._raw = np.zeros(39)
         self._steps = self._held = 0
-        self._build_spaces()
+        others = {PRIVILEGED: 39} if self.privileged else None
+        self.observation_space = observation_space(self.cameras, self.size, 4, others)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (4,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Start an episode; ``options={"render": False}`` gives zero images, for a start that nobody sees."""
@@ -135,23 +137,6 @@ class MetaWorldEnv(gymnasium.Env):
         if self._rig is not None:
             self._rig.close()
         self._env.close()
-
-    def _build_spaces(self) -> None:
-        spaces, size = gymnasium.spaces, self.size
-        entries: dict[str, Any] = {}
-        for camera in self.cameras:
-            entries |= {
-                f"observation.images.{camera}": spaces.Box(0, 255, (3, size, size), np.uint8),
-                f"observation.depth.{camera}": spaces.Box(0, np.inf, (size, size), np.float32),
-                f"observation.intrinsics.{camera}": spaces.Box(-np.inf, np.inf, (3, 3), np.float32),
-                f"observation.pose.{camera}": spaces.Box(-np.inf, np.inf, (4, 4), np.float32),
-            }
-        entries["observation.state"] = spaces.Box(-np.inf, np.inf, (4,), np.float32)
-        if self.privileged:
-            entries[PRIVILEGED] = spaces.Box(-np.inf, np.inf, (39,), np.float32)
-        entries["task"] = spaces.Text(128, charset=string.ascii_letters + string.digits + " ,.'-")
-        self.observation_space = spaces.Dict(entries)
-        self.action_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
 
 
 class ScriptedPolicy:

@@ -21,6 +21,7 @@ from .opengl import prepare, raise_if_missing
 from .options import flag, names, number
 from .replay import BASE_SITE
 from .robocasa_install import STEPS, RoboCasaNotInstalled, installed_version
+from .spaces import observation_space
 from .suite_tables import ROBOCASA_RENAMED, ROBOCASA_SCENES
 from .tasks import Task
 
@@ -114,8 +115,7 @@ class RoboCasaEnv(gymnasium.Env):
             raise
         size_of_action = 7 if base == "fixed" else 12
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (size_of_action,), np.float32)
-        # Kitchens differ in what they hold: the spaces of an observation are those of its arrays.
-        self.observation_space = gymnasium.spaces.Dict()
+        self.observation_space = observation_space(self.cameras, self.size, sum(map(_width, state_keys)))
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Build a new kitchen; ``options={"render": False}`` gives zero images, for a start nobody sees."""
@@ -203,6 +203,14 @@ class RoboCasaEnv(gymnasium.Env):
         if self._sim_env is None:
             raise RuntimeError("this environment is closed; make a new one")
         return self._sim_env
+
+
+def _width(key: str) -> int:
+    """How many numbers a reading of the robot has; the model that would tell is built at the first reset."""
+    for end, width in (("gripper_qpos", 2), ("gripper_qvel", 2), ("_quat", 4), ("joint_pos", 7), ("_pos", 3)):
+        if key.endswith(end):
+            return width
+    raise ValueError(f"unknown state key {key!r}; for example: {', '.join(STATE_KEYS)}")
 
 
 def full_action(action: np.ndarray, base: str = "fixed") -> np.ndarray:
