@@ -247,12 +247,14 @@ def _cells() -> tuple[Cell, ...]:
     for setting, centimetres in itertools.product(SHIFTS, (0, 5, 10)):
         moved = {"moved": f"{centimetres}cm", "environment": {"camera_shift": centimetres / 100}}
         moved = moved if centimetres else {}
+        moved["is_optional"] = setting is SHIFT_FEW
         for modality in ("cat", "xyz", "rgb"):
             cells += [Cell(setting, modality, 0, variant="reposed", changes=REPOSED[setting], **moved)]
             cells += [Cell(setting, modality, 0, **moved)]
     for setting in (MOVED, MOVED_FEW, MOVED_ALONE):
-        cells += [Cell(setting, modality, 0) for modality in three]
-        cells += [Cell(setting, modality, 0, **displaced) for modality in ("xyz", "cat")]
+        few = setting is MOVED_FEW
+        cells += [Cell(setting, modality, 0, is_optional=few) for modality in three]
+        cells += [Cell(setting, modality, 0, is_optional=few, **displaced) for modality in ("xyz", "cat")]
     cells += [Cell(LIFT, modality, seed) for seed in (0, 1) for modality in second]
     others = [modality for modality in MODALITIES if modality not in ("rgb", "cat")]
     cells += [Cell(STACK, modality, 0, is_optional=True) for modality in others]
