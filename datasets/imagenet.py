@@ -106,6 +106,10 @@ class BadImages:
             finally:
                 os.close(handle)
 
+    def reason(self, name: str) -> str:
+        """Why this process could not use an image."""
+        return self._mine.get(name, "")
+
     def read(self) -> dict[str, str]:
         """Name -> reason, of all processes."""
         if self.path is None:
@@ -157,9 +161,10 @@ class ImageDataset(Dataset):
             if not self.replace:
                 blank = self.transform(Image.new("RGB", (64, 64)))
                 return {"image": blank, "label": -1, "index": place}
+        first = self.source.name(int(index))
         raise ValueError(
             f"{attempt + 1} images one after the other cannot be decoded, from "
-            f"{self.source.name(int(index))}: {self.reason(int(index))}. Is the storage there?"
+            f"{first}: {self.bad.reason(first)}. Is the storage there?"
         )
 
     def load(self, index: int) -> Image.Image | None:
@@ -169,6 +174,3 @@ class ImageDataset(Dataset):
         except Exception as error:  # decoders raise SyntaxError, struct.error, zlib.error and more
             self.bad.add(self.source.name(index), f"{type(error).__name__}: {error}")
             return None
-
-    def reason(self, index: int) -> str:
-        return self.bad._mine.get(self.source.name(index), "")

@@ -1,10 +1,11 @@
 """Evaluate an image classifier: top-1 and top-5, real labels, variants of ImageNet, throughput."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -195,25 +196,17 @@ def _variant(text: str) -> tuple[str, str]:
     return name, place
 
 
-class _progress:
-    """A bar on a terminal."""
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[int], None] | None]:
+    """Yields what to call with a number of finished images: it moves a bar, on a terminal."""
+    if not sys.stdout.isatty():
+        yield None
+        return
+    from rich.progress import Progress
 
-    def __init__(self, name: str, total: int):
-        self.name, self.total, self.bar = name, total, None
-
-    def __enter__(self) -> Any:
-        if not sys.stdout.isatty():
-            return None
-        from rich.progress import Progress
-
-        self.bar = Progress(transient=True)
-        self.bar.start()
-        task = self.bar.add_task(self.name, total=self.total)
-        return lambda count: self.bar.advance(task, count)
-
-    def __exit__(self, *_: Any) -> None:
-        if self.bar is not None:
-            self.bar.stop()
+    with Progress(transient=True) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def _parser() -> argparse.ArgumentParser:
