@@ -19,16 +19,16 @@ class Block(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
 
-    def read(self, descriptor: int, row: int) -> np.ndarray:
-        """Row ``row``, from an open file. OSError where the file ends before it."""
+    def read(self, descriptor: int, start: int, stop: int) -> np.ndarray:
+        """Rows ``start`` to ``stop - 1`` in one read of an open file; OSError where it ends before them."""
         size = int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        if not 0 <= row < self.shape[0]:
-            raise IndexError(f"row {row} of {self.shape[0]}")
-        frame = np.empty(self.shape[1:], self.dtype)
-        got = os.preadv(descriptor, [memoryview(frame).cast("B")], self.offset + row * size)
-        if got != size:
-            raise OSError(f"the file ends within row {row}")
-        return frame
+        if not 0 <= start < stop <= self.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {self.shape[0]}")
+        frames = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        got = os.preadv(descriptor, [memoryview(frames).cast("B")], self.offset + start * size)
+        if got != frames.nbytes:
+            raise OSError(f"the file ends within rows {start} to {stop}")
+        return frames
 
 
 def find_block(stored: Any, descriptor: int) -> Block | None:
@@ -40,6 +40,6 @@ def find_block(stored: Any, descriptor: int) -> Block | None:
         return None
     block = Block(offset, stored.shape, stored.dtype)
     try:  # the address is right, whatever lies before it in the file
-        return block if np.array_equal(block.read(descriptor, 0), stored[0], equal_nan=True) else None
+        return block if np.array_equal(block.read(descriptor, 0, 1)[0], stored[0], equal_nan=True) else None
     except OSError:
         return None

@@ -414,7 +414,7 @@ class RobomimicDataset(torch.utils.data.Dataset):
         self.episodes = [episode for episode in self.episodes if episode not in damaged]
         self._close()
 
-    def _read_pixels(self, episode: _Episode, key: str, rows: slice | int) -> torch.Tensor:
+    def _read_pixels(self, episode: _Episode, key: str, rows: slice | list[int]) -> torch.Tensor:
         """Rows of an episode from disk: (..., 3, H, W) uint8 or (..., H, W) float32."""
         if self._owner != os.getpid() or len(self._handles) > 64:  # a forked worker opens its own
             self._close()
@@ -422,15 +422,18 @@ class RobomimicDataset(torch.utils.data.Dataset):
         if episode.file not in self._handles:
             self._handles[episode.file] = require("h5py", "robot").File(episode.file, "r")
         file = self._handles[episode.file]
-        descriptor = file.id.get_vfd_handle()
-        block = self._blocks.get((episode, key))
-        if block is None or not isinstance(rows, int):
+        descriptor, block = file.id.get_vfd_handle(), self._blocks.get((episode, key))
+        if block is None or isinstance(rows, slice):
             stored = file[f"data/{episode.name}/obs/{self._pixel_keys[key]}"]
-            pixels, dims = np.asarray(stored[rows]), stored.ndim
             if (episode, key) not in self._blocks:
                 self._blocks[episode, key] = find_block(stored, descriptor)
-        else:
-            pixels, dims = block.read(descriptor, rows), len(block.shape)
+            dims = stored.ndim
+            pixels = stored[rows] if isinstance(rows, slice) else np.stack([stored[row] for row in rows])
+        else:  # a window is a stretch of rows, perhaps with the first one repeated
+            start, dims = min(rows), len(block.shape)
+            pixels = block.read(descriptor, start, max(rows) + 1)
+            if len(pixels) < len(rows):
+                pixels = pixels[np.asarray(rows) - start]
         pixels = torch.from_numpy(pixels)
         if key.startswith("observation.images."):
             return pixels.movedim(-1, -3)
@@ -445,13 +448,13 @@ class RobomimicDataset(torch.utils.data.Dataset):
         for episode_number, window in zip(self._episode[index].tolist(), rows.tolist()):
             episode = self.episodes[episode_number]
             try:
-                frames += [self._read_pixels(episode, key, row - episode.start) for row in window]
+                frames.append(self._read_pixels(episode, key, [row - episode.start for row in window]))
             except (OSError, RuntimeError) as error:
                 raise ValueError(
                     f"{episode}: {self._pixel_keys[key]} cannot be read ({error}); "
                     "the file is damaged: cache: ram leaves such episodes out"
                 ) from error
-        return torch.stack(frames).unflatten(0, rows.shape)
+        return torch.stack(frames).contiguous()
 
     def _close(self) -> None:
         for file in self._handles.values():
