@@ -18,7 +18,7 @@ from .imagenet import PATIENCE, BadImages
 __all__ = ["SHAPES", "MaskDataConfig", "MaskDataset", "open_masks"]
 
 IGNORE = 255
-SHAPES = ("background", "disc", "square", "triangle")
+SHAPES = ("background", "disc", "bar", "triangle")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MaskDataConfig:
 
     Args:
         format: ``ade20k`` (``images/SPLIT/NAME.jpg`` beside ``annotations/SPLIT/NAME.png``) or ``shapes``
-            (discs, squares and triangles on noise, generated).
+            (discs, bars and triangles on noise, generated).
         root: of the data set.
         zero_is_ignored: mask value 0 is no class and the others count from 1, as in ADE20K's 150 classes.
         names: a text file with the name of a class on each line; none numbers them.
@@ -109,7 +109,8 @@ class ShapeImages:
             centre = _apart(centres, lambda: rng.uniform(0.2, 0.8, 2), 0.4)
             colour = _apart(colours, lambda: rng.integers(0, 256, 3), 120)
             kind, radius = int(rng.integers(1, len(SHAPES))), rng.uniform(0.19, 0.29) * side
-            outline = _outline(kind, *(centre * side), radius, rng.uniform(-0.2, 0.2))
+            turn, upright = rng.uniform(-0.2, 0.2), bool(rng.integers(2))
+            outline = _outline(kind, *(centre * side), radius, turn, upright)
             for canvas, fill in ((image, tuple(colour.tolist())), (mask, kind)):
                 ImageDraw.Draw(canvas).polygon(outline, fill=fill)
         noise = rng.normal(0, 8, (side, side, 3))
@@ -126,12 +127,20 @@ def _apart(others: list[np.ndarray], draw: Callable[[], np.ndarray], distance: f
     return drawn
 
 
-def _outline(kind: int, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
-    """Corners of a disc, or of a square or an upright triangle about as large, turned by some radians."""
-    corners, first, wider = {1: (40, 0.0, 1.0), 2: (4, math.pi / 4, 1.25), 3: (3, -math.pi / 2, 1.45)}[kind]
-    radius *= wider
-    angles = [turn + first + 2 * math.pi * k / corners for k in range(corners)]
-    return [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
+def _outline(
+    kind: int, x: float, y: float, radius: float, turn: float, upright: bool
+) -> list[tuple[float, float]]:
+    """Corners of a disc, of a bar that lies or stands, or of an upright triangle, turned by some radians."""
+    if kind == 2:
+        length, width = 1.35 * radius, 0.6 * radius
+        half = (width, length) if upright else (length, width)
+        corners = [(a * half[0], b * half[1]) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    else:
+        count, first, size = (40, 0.0, radius) if kind == 1 else (3, -math.pi / 2, 1.45 * radius)
+        angles = [first + 2 * math.pi * k / count for k in range(count)]
+        corners = [(size * math.cos(a), size * math.sin(a)) for a in angles]
+    c, s = math.cos(turn), math.sin(turn)
+    return [(x + c * a - s * b, y + s * a + c * b) for a, b in corners]
 
 
 def open_masks(config: MaskDataConfig, split: str) -> MaskFolder | ShapeImages:

@@ -21,11 +21,11 @@ def test_a_run_leaves_its_figures_and_its_page(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "40 images to train on, 10 held out, 4 classes" in said and "held-out mIoU" in said
     result = json.loads((tmp_path / "run" / "eval" / "masks.json").read_text())
-    assert 0 < result["miou"] < 1 and set(result["iou"]) == {"background", "disc", "square", "triangle"}
+    assert 0 < result["miou"] < 1 and set(result["iou"]) == {"background", "disc", "bar", "triangle"}
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("data:image/png") == 6 and "Held-out mIoU" not in said and "triangle" in page
     kept = config.read(tmp_path / "run" / "checkpoints" / "last" / "config.yaml")
-    assert kept["classes"] == ["background", "disc", "square", "triangle"]
+    assert kept["classes"] == ["background", "disc", "bar", "triangle"]
     assert main(words) == 0 and "already trained to step 8" in capsys.readouterr().out
 
 
