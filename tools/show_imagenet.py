@@ -155,10 +155,12 @@ def plan_line() -> Line:
 
 
 def _cost(result: Mapping[str, Any]) -> str:
-    minutes = result["cpu_seconds"] / 60
+    where = f" [{result['file']} at {result['commit']}]"
+    if result.get("cpu_seconds") is None:
+        return where
     beside = f"{result['wall_seconds'] / 60:.1f} beside other work"
-    where = f"{result['file']} at {result['commit']}"
-    return f" in {minutes:.1f} minutes of CPU time on {result['threads']} thread ({beside}) [{where}]"
+    minutes = f"{result['cpu_seconds'] / 60:.1f} minutes of CPU time on {result['threads']} thread"
+    return f" in {minutes} ({beside}){where}"
 
 
 if __name__ == "__main__":
