@@ -189,6 +189,8 @@ class RobomimicDataset(torch.utils.data.Dataset):
         seen = torch.maximum(row + torch.arange(1 - self.config.obs_horizon, 1), first)
         ahead = row + torch.arange(self.config.action_horizon)
         batch: dict[str, Any] = {}
+        if self.config.cache == "none":
+            self._announce(seen, index)
         for key in (*self._pixel_keys, *self._small_keys, "observation.state"):
             batch[key] = self._take(key, seen, index)
         batch["action"] = self._take("action", torch.minimum(ahead, last), index)
@@ -438,6 +440,17 @@ class RobomimicDataset(torch.utils.data.Dataset):
         if key.startswith("observation.images."):
             return pixels.movedim(-1, -3)
         return pixels.float().squeeze(-1) if dims == 4 else pixels.float()
+
+    def _announce(self, rows: torch.Tensor, index: torch.Tensor) -> None:
+        """Begin to read the pixels of a batch, rows (B, n), where their places in the files are known."""
+        for episode_number, window in zip(self._episode[index].tolist(), rows.tolist()):
+            episode = self.episodes[episode_number]
+            file = self._handles.get(episode.file)
+            for key in self._pixel_keys:
+                block = self._blocks.get((episode, key))
+                if file is not None and block is not None:
+                    start, stop = min(window) - episode.start, max(window) - episode.start + 1
+                    block.announce(file.id.get_vfd_handle(), start, stop)
 
     def _take(self, key: str, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Rows (B, n) of a table as (B, n, ...)."""
