@@ -130,12 +130,41 @@ def test_other_peers_and_versions_are_refused(served):
         text = json.dumps({"call": "select_action", "arrays": [["x", "|O", [1]]]}).encode()
         stranger.sendall(b"VLMA" + len(text).to_bytes(4, "big") + (8).to_bytes(8, "big") + text)
         assert b"another kind than numbers" in stranger.recv(1000), "objects never travel"
+    for header in (
+        {"call": "reset", "arrays": [["x", "|u1", [-1, 0]]]},
+        {"call": "reset", "arrays": [["x", "|u1", [0, 2**62, 2**62]]]},
+        {"call": "reset", "arrays": [["x", "|u1", [0] + [1] * 99]]},
+        {"call": "reset", "arrays": [[["x"], "|u1", [0]]]},
+        {"call": "reset", "arrays": [["x", "|u1", [True, 0]]]},
+        {"call": "reset", "arrays": [["x", "|u1", [2**32, 2**32]]]},
+        {"call": "reset", "arrays": [["x"]]},
+        {"call": "reset"},
+        "[" * 100_000,
+    ):
+        text = (header if isinstance(header, str) else json.dumps(header)).encode()
+        with socket.create_connection(parse_address(served.address)) as stranger:
+            stranger.sendall(b"VLMA" + len(text).to_bytes(4, "big") + bytes(8) + text)
+            assert b"a message that cannot be read" in stranger.recv(1000), text[:80]
     with socket.create_connection(parse_address(served.address)) as newer:
         serving._send(newer, {"call": "describe", "protocol": 99}, {})
         assert "install the same vilma on both sides" in serving._receive(newer)[0]["error"][1]
 
 
+def test_what_the_policy_gives_is_told_when_it_cannot_be_sent(served):
+    with RemotePolicy(served.address) as remote:
+        served.policy_seen.select_action = lambda obs: np.array([[object()]] * 2)
+        with pytest.raises(RemoteError, match="cannot be sent: action has the dtype object"):
+            remote.select_action(observation())
+        remote.reset()
+
+
 def test_nobody_there_and_somebody_else_there():
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        thread = threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"))
+        thread.start()
+        with pytest.raises(RemoteError, match="no policy server of vilma listens"):
+            RemotePolicy(f"127.0.0.1:{other.getsockname()[1]}")
+        thread.join()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(RemoteError, match="did not answer describe in time"):

@@ -11,6 +11,7 @@ action.
 """
 
 import json
+import math
 import selectors
 import socket
 import struct
@@ -115,8 +116,14 @@ class RemotePolicy:
             reply, found = _receive(self._socket)
         except TimeoutError as error:
             self.close()
-            raise RemoteError(f"the policy server at {self.address} did not answer {name} in time") from error
-        except (OSError, EOFError, _ProtocolError) as error:
+            busy = "; it may be at work for another client" if name == "describe" else ""
+            raise RemoteError(
+                f"the policy server at {self.address} did not answer {name} in time{busy}"
+            ) from error
+        except _ProtocolError as error:
+            self.close()
+            raise RemoteError(f"no policy server of vilma listens at {self.address}: {error}") from error
+        except (OSError, EOFError) as error:
             self.close()
             raise RemoteError(
                 f"the policy server at {self.address} is gone ({str(error) or 'it closed the connection'}); "
@@ -173,7 +180,9 @@ class PolicyServer:
             selector.register(self._listener, selectors.EVENT_READ)
             try:
                 while not self._is_closing:
-                    for key, _ in selector.select(0.5):
+                    # The client first: who comes as it leaves is not told that the server is busy.
+                    ready = sorted(selector.select(0.5), key=lambda event: event[0].fileobj is self._listener)
+                    for key, _ in ready:
                         if key.fileobj is self._listener:
                             self._welcome(selector)
                         elif not self._answer():
@@ -188,7 +197,10 @@ class PolicyServer:
         self._is_closing = True
 
     def _welcome(self, selector: selectors.BaseSelector) -> None:
-        client, _ = self._listener.accept()
+        try:
+            client, _ = self._listener.accept()
+        except OSError:  # gone before it was welcomed
+            return
         client.settimeout(_STALLED_S)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._client is not None:
@@ -228,6 +240,9 @@ class PolicyServer:
             _send(self._client, reply, found)
         except OSError:
             return False
+        except (TypeError, ValueError) as error:  # actions of objects, say: nothing was sent
+            self.on_event(f"what the policy gave cannot be sent: {error}")
+            return _reply_error(self._client, "protocol", f"what its policy gave cannot be sent: {error}")
         return True
 
     def _handle(self, request: Mapping[str, Any], arrays: dict[str, np.ndarray]) -> tuple[dict, dict]:
@@ -300,19 +315,26 @@ def _receive(stream: socket.socket) -> tuple[dict[str, Any], dict[str, np.ndarra
         raise _ProtocolError("what came is no message of vilma")
     try:
         header = json.loads(bytes(_read(stream, header_size)))
-        listed = [(key, np.dtype(dtype), tuple(shape)) for key, dtype, shape in header.pop("arrays")]
-        sizes = [dtype.itemsize * int(np.prod(shape, dtype=np.int64)) for _, dtype, shape in listed]
-        if any(dtype.kind not in _KINDS for _, dtype, _ in listed) or min(sizes, default=0) < 0:
-            raise ValueError("arrays of another kind than numbers")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise _ProtocolError(f"a message whose header cannot be read: {error}") from error
-    if sum(sizes) != size:
-        raise _ProtocolError("a message whose arrays do not have the announced size")
-    arrays, content, start = {}, _read(stream, size), 0
-    for (key, dtype, shape), length in zip(listed, sizes):
-        arrays[key] = np.frombuffer(content, dtype, length // dtype.itemsize, start).reshape(shape)
-        start += length
+        listed = [_checked(*entry) for entry in header.pop("arrays")]
+        sizes = [dtype.itemsize * math.prod(shape) for _, dtype, shape in listed]
+        if sum(sizes) != size:
+            raise ValueError("its arrays do not have the announced size")
+        arrays, content, start = {}, _read(stream, size), 0
+        for (key, dtype, shape), length in zip(listed, sizes):
+            arrays[key] = np.frombuffer(content, dtype, length // dtype.itemsize, start).reshape(shape)
+            start += length
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MemoryError) as error:
+        raise _ProtocolError(f"a message that cannot be read: {error}") from error
     return header, arrays
+
+
+def _checked(key: Any, dtype: Any, shape: Any) -> tuple[str, np.dtype, tuple[int, ...]]:
+    """The description of one array as it came; ValueError for what a peer of ours never sends."""
+    if not isinstance(key, str) or not isinstance(dtype, str) or np.dtype(dtype).kind not in _KINDS:
+        raise ValueError("arrays of another kind than numbers")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"{key} has the shape {shape}")
+    return key, np.dtype(dtype), tuple(shape)
 
 
 def _read(stream: socket.socket, size: int) -> bytearray:
