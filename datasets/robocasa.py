@@ -10,6 +10,8 @@ T is the number of steps of an episode, A the size of an action (12 in RoboCasa)
 
 import gzip
 import json
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +177,7 @@ class _LeRobotDemos(RawDemos):
             with np.load(folder / "states.npz") as archive:
                 states = archive["states"]
             model = gzip.decompress((folder / "model.xml.gz").read_bytes()).decode()
-        except (OSError, KeyError, ValueError, EOFError) as error:
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise DamagedEpisode(f"{folder} cannot be read ({error})") from error
         meta = self._json(folder / "ep_meta.json") if (folder / "ep_meta.json").is_file() else {}
         if len(states) != episode.length:

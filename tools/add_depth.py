@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vilma.datasets.lerobot_files import DamagedEpisode
-from vilma.datasets.robocasa import Demo, fixed_base_actions, moves_its_base, open_demos
+from vilma.datasets.robocasa import Demo, RawDemos, fixed_base_actions, moves_its_base, open_demos
 from vilma.datasets.robomimic_writer import file_attributes, finished_parts, merge, write_part
 
 ROBOCASA_CAMERAS = ("robot0_agentview_left", "robot0_agentview_right", "robot0_eye_in_hand")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError("--size, --jobs and --demos must be at least 1")
     raw = open_demos(options.source)
     names = raw.names[: options.demos]
-    mobile = raw.read(names[0]).actions.shape[1] == ROBOCASA_ACTIONS
+    mobile = _is_mobile(raw, names)
     request = Request(
         source=Path(options.source).name,
         cameras=tuple(options.cameras or (ROBOCASA_CAMERAS if mobile else ROBOSUITE_CAMERAS)),
@@ -84,6 +84,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     print(f"written to {merge(options.out, env_args=env_args, attributes=attributes)}")
     return 0
+
+
+def _is_mobile(raw: RawDemos, names: Sequence[str]) -> bool:
+    """Whether the actions are a PandaOmron's; ValueError when no episode can be read."""
+    reasons = []
+    for name in names:
+        try:
+            return raw.read(name).actions.shape[1] == ROBOCASA_ACTIONS
+        except DamagedEpisode as error:
+            reasons.append(str(error))
+    raise ValueError(f"no episode of {raw.path} can be read: {reasons[0] if reasons else 'it holds none'}")
 
 
 def _run(jobs: Sequence[tuple], workers: int) -> Iterator[tuple[int, int | str]]:

@@ -143,6 +143,13 @@ def test_damaged_and_foreign_files_are_answered(tmp_path):
     raw = open_demos(folder)
     with pytest.raises(DamagedEpisode, match="episode_000001 cannot be read"):
         raw.read("episode_000001")
+    extras = folder / "extras" / "episode_000000"
+    for name in ("states.npz", "model.xml.gz"):  # damaged inside, behind a beginning that is whole
+        whole = (extras / name).read_bytes()
+        (extras / name).write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+        with pytest.raises(DamagedEpisode, match="episode_000000 cannot be read"):
+            raw.read("episode_000000")
+        (extras / name).write_bytes(whole)
     (folder / "meta" / "modality.json").write_text(json.dumps({"action": {}, "state": {}}))
     with pytest.raises(ValueError, match="does not tell where end_effector_position lies in action"):
         open_demos(folder).read("episode_000000")
@@ -155,6 +162,20 @@ def test_damaged_and_foreign_files_are_answered(tmp_path):
         Replay(sets.MODEL, ["robot0_agentview_centre"], 16)
     with Replay(sets.MODEL, sets.CAMERAS, 16) as replay, pytest.raises(ValueError, match=r"wanted \(T, 18\)"):
         next(replay.frames(np.zeros((1, 5))))
+
+
+def test_a_damaged_first_episode_does_not_stop_the_others(tmp_path, capsys):
+    source, out = sets.write_v02(tmp_path / "demo.hdf5"), tmp_path / "depth.hdf5"
+    with h5py.File(source, "a") as file:
+        del file["data/demo_1/states"]
+    assert add_depth.main([str(source), "--out", str(out), "--no-shadows", "--size", "16"]) == 0
+    assert "left out" in capsys.readouterr().err
+    with h5py.File(out) as file:
+        assert [demo.attrs["source"] for demo in file["data"].values()] == ["demo_2"]
+    with h5py.File(source, "a") as file:
+        del file["data/demo_2"]
+    with pytest.raises(ValueError, match=r"no episode of .* can be read: .* lacks states"):
+        add_depth.main([str(source), "--out", str(tmp_path / "none.hdf5")])
 
 
 def test_assets_of_another_machine_are_found_here(tmp_path):
