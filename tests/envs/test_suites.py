@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from importlib import metadata
 
 import numpy as np
@@ -134,6 +135,41 @@ def test_robomimics_observations_become_ours():
     assert np.allclose(found["observation.state"], [0, 1, 2, 0, 1, 0, -1, 0, 0])
     with pytest.raises(ValueError, match="lacks robot0_gripper_qpos"):
         translate(ob, Cameras(), state_keys=("robot0_gripper_qpos",), cameras=())
+
+
+def test_actions_of_a_network_reach_robomimics_loop(monkeypatch):
+    """Tensors that are on a device or part of a graph, which numpy does not take."""
+    torch = pytest.importorskip("torch")
+    algo = types.SimpleNamespace(RolloutPolicy=object)  # robomimic itself: make check-robomimic
+    monkeypatch.setitem(sys.modules, "robomimic", types.SimpleNamespace(algo=algo))
+    monkeypatch.setitem(sys.modules, "robomimic.algo", algo)
+    from vilma.envs.robomimic import rollout_policy
+
+    class Policy:
+        def select_action(self, obs):
+            return torch.full((1, 7), float(obs["observation.state"][0, 0]), requires_grad=True)
+
+    keys = ("robot0_eef_pos",)
+    policy = rollout_policy(Policy(), None, task="lift", state_keys=keys, cameras=())
+    assert policy({"robot0_eef_pos": np.full(3, 0.5)}).tolist() == [0.5] * 7
+
+
+@pytest.mark.long
+def test_robocasas_readings_have_the_sizes_of_robosuites():
+    """A kitchen is built at the first reset; robosuite's own arm tells the same readings now."""
+    pytest.importorskip("robosuite")
+    from vilma.envs.robocasa import STATE_KEYS, _width
+
+    assert sum(map(_width, STATE_KEYS)) == 9
+    env = make("robosuite/Lift", cameras=())
+    try:
+        raw = env.simulator._get_observations()
+        own = [k for k in raw if k.startswith("robot0_") and not k.endswith("-state")]
+        assert len(own) > 8 and {k: _width(k) for k in own} == {k: np.size(raw[k]) for k in own}
+    finally:
+        env.close()
+    with pytest.raises(ValueError, match="unknown state key 'robot0_colour'"):
+        _width("robot0_colour")
 
 
 @needs_none

@@ -87,6 +87,7 @@ class RoboCasaEnv(gymnasium.Env):
         self.render_mode = "rgb_array"
         self._rig: CameraRig | None = None
         self._steps = self._held = 0
+        state_size = sum(map(_width, self.state_keys))
         modern = task.suite == "robocasa365"
         suite = _load_suite(task, modern)
         pairs = _scenes(scenes, modern)
@@ -115,7 +116,7 @@ class RoboCasaEnv(gymnasium.Env):
             raise
         size_of_action = 7 if base == "fixed" else 12
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (size_of_action,), np.float32)
-        self.observation_space = observation_space(self.cameras, self.size, sum(map(_width, state_keys)))
+        self.observation_space = observation_space(self.cameras, self.size, state_size)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """Build a new kitchen; ``options={"render": False}`` gives zero images, for a start nobody sees."""
@@ -207,8 +208,10 @@ class RoboCasaEnv(gymnasium.Env):
 
 def _width(key: str) -> int:
     """How many numbers a reading of the robot has; the model that would tell is built at the first reset."""
-    for end, width in (("gripper_qpos", 2), ("gripper_qvel", 2), ("_quat", 4), ("joint_pos", 7), ("_pos", 3)):
-        if key.endswith(end):
+    if "_joint_" in key:  # positions, their cosines and sines, velocities, accelerations
+        return 7
+    for ends, width in ((("gripper_qpos", "gripper_qvel"), 2), (("_quat", "_quat_site"), 4), (("_pos",), 3)):
+        if key.endswith(ends):
             return width
     raise ValueError(f"unknown state key {key!r}; for example: {', '.join(STATE_KEYS)}")
 

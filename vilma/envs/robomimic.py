@@ -45,7 +45,8 @@ def rollout_policy(
         def __call__(self, ob: Mapping[str, Any], goal: Any = None) -> np.ndarray:
             observation = translate(ob, env, state_keys=state_keys, cameras=cameras)
             batch = {key: value[None] for key, value in observation.items()}
-            return np.asarray(policy.select_action({**batch, "task": [task]}))[0]
+            action = policy.select_action({**batch, "task": [task]})
+            return np.asarray(action.detach().cpu() if hasattr(action, "detach") else action)[0]
 
         def __repr__(self) -> str:
             return f"vilma {type(policy).__name__}"
