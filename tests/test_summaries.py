@@ -157,7 +157,7 @@ def test_the_command_pairs_runs_and_files(tmp_path, capsys):
     assert tool.main(files) == 0
     out = capsys.readouterr().out
     assert "4 pairs  A 4.25  B 2.75  difference +1.50 [" in out and "further A 2, B 0" in out
-    with pytest.raises(ValueError, match="episodes have no 'joy'; they have: index, solved"):
+    with pytest.raises(ValueError, match="not every episode has a number 'joy'; they have: index, solved"):
         tool.main([*files, "--measure", "joy"])
     (tmp_path / "c").mkdir()
     with pytest.raises(ValueError, match="no results at"):

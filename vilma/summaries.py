@@ -138,9 +138,9 @@ def outcomes(result: Mapping[str, Any], measure: str) -> dict[int, float]:
     rows = result["chains"] if "chains" in result else result["episodes"]
     try:
         return {row["seed" if "seed" in row else "index"]: float(row[measure]) for row in rows}
-    except KeyError as error:
+    except (KeyError, TypeError, ValueError) as error:
         known = ", ".join(k for k, v in rows[0].items() if isinstance(v, int | float))
-        raise ValueError(f"episodes have no {error}; they have: {known}") from error
+        raise ValueError(f"not every episode has a number {measure!r}; they have: {known}") from error
 
 
 def _stratified_interval(strata: Sequence[np.ndarray], seed: int = 0) -> tuple[float, float]:
