@@ -12,16 +12,16 @@ import importlib
 import importlib.util
 import io
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from vilma.extras import require
 
+from .guest import GuestEnv
 from .libero_install import STEPS, LiberoNotInstalled
-from .mujoco_cameras import CameraRig
 from .opengl import prepare, raise_if_missing
-from .options import flag, names, number
+from .options import number
 from .spaces import observation_space
 from .tasks import Task
 
@@ -32,10 +32,9 @@ __all__ = ["IDLE", "STATE_KEYS", "LiberoEnv"]
 STATE_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
 # What lets the scene settle: nothing moves, the gripper stays open.
 IDLE = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
-_COLLISION_GROUP = 0
 
 
-class LiberoEnv(gymnasium.Env):
+class LiberoEnv(GuestEnv):
     """One LIBERO simulator.
 
     Args:
@@ -56,8 +55,6 @@ class LiberoEnv(gymnasium.Env):
     terminates at LIBERO's success and truncates at the horizon.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
-
     def __init__(
         self,
         task: Task,
@@ -71,22 +68,19 @@ class LiberoEnv(gymnasium.Env):
         render_cameras: bool = True,
         shadows: bool = True,
     ) -> None:
-        self.size = number("size", size, int)
-        if self.size < 1:
-            raise ValueError(f"got an image size of {size}, wanted at least 1 pixel")
+        super().__init__(
+            task,
+            cameras,
+            size,
+            seed,
+            horizon=horizon,
+            state_keys=state_keys,
+            render_cameras=render_cameras,
+            shadows=shadows,
+        )
         self.settle = number("settle", settle, int)
         if self.settle < 0:
             raise ValueError(f"got settle={settle}, wanted 0 or more steps")
-        self.task, self.cameras = task, names("cameras", cameras)
-        self.horizon = task.horizon if horizon is None else number("horizon", horizon, int)
-        self.state_keys = names("state_keys", state_keys)
-        self.render_cameras = flag("render_cameras", render_cameras)
-        self._shadows = flag("shadows", shadows)
-        self._first_seed: int | None = None if seed is None else number("seed", seed, int)
-        self.render_mode = "rgb_array"
-        self._rig: CameraRig | None = None
-        self._env = None
-        self._steps = self._held = 0
         benchmark, wrapper = _load_suite(task)
         _, suite, index = task.name.split("/")
         with contextlib.redirect_stdout(io.StringIO()):  # it tells the order of its tasks
@@ -95,7 +89,7 @@ class LiberoEnv(gymnasium.Env):
         self.instruction = str(described.language)
         self.initial_states = np.asarray(chosen.get_task_init_states(int(index)), np.float64)
         try:
-            self._env = wrapper.ControlEnv(
+            self._sim_env = wrapper.ControlEnv(
                 bddl_file_name=str(Path(chosen.get_task_bddl_file_path(int(index)))),
                 has_renderer=False,
                 has_offscreen_renderer=False,
@@ -107,7 +101,7 @@ class LiberoEnv(gymnasium.Env):
             raise_if_missing(error)
             raise
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (7,), np.float32)
-        self._raw = self._env.env._get_observations()
+        self._raw = self._sim_env.env._get_observations()
         self._check_state_keys()
         width = sum(np.size(self._raw[key]) for key in self.state_keys)
         self.observation_space = observation_space(self.cameras, self.size, width)
@@ -124,12 +118,7 @@ class LiberoEnv(gymnasium.Env):
         index = (int(self.np_random.integers(2**31)) if seed is None else seed) % len(self.initial_states)
         self.initial_state = index
         self._raw = env.set_init_state(self.initial_states[index])
-        if self.cameras:
-            groups = (_COLLISION_GROUP,)
-            self._rig = CameraRig(
-                env.sim.model._model, self.size, hidden_groups=groups, shadows=self._shadows
-            )
-            self._rig.check(self.cameras, self.task.name)
+        self._open_rig()
         for _ in range(self.settle):
             self._raw, *_ = env.step(IDLE)
         self._steps = self._held = 0
@@ -140,59 +129,14 @@ class LiberoEnv(gymnasium.Env):
         if action.shape != (7,) or not np.isfinite(action).all():
             raise ValueError(f"got an action {action!r}, wanted 7 finite numbers in [-1, 1]")
         self._raw, reward, *_ = self._require_open().step(np.clip(action, -1.0, 1.0))
-        self._steps += 1
-        self._held = self._held + 1 if self._env.check_success() else 0
-        success = self._held >= self.task.hold
-        truncated = not success and self._steps >= self.horizon
-        return self.observe(self.render_cameras), float(reward), success, truncated, {"success": success}
+        return self._stepped(reward)
 
-    def observe(self, render: bool = True) -> dict[str, Any]:
-        """The current observation; with ``render=False`` images and depth are zero."""
-        observation: dict[str, Any] = {}
-        if self._rig is not None:
-            observation |= self._rig.observe(self._env.sim.data._data, self.cameras, render)
-        state = [np.atleast_1d(self._raw[key]) for key in self.state_keys]
-        observation["observation.state"] = np.concatenate([np.zeros(0), *state]).astype(np.float32)
-        observation["task"] = self.instruction
-        return observation
-
-    def render(self) -> np.ndarray:
-        """An RGB picture (H, W, 3) uint8 of the current state, from the first camera."""
-        if self._rig is None:
-            raise ValueError("this environment was made without cameras (or not reset yet): it cannot render")
-        image, _ = self._rig.frame(self._env.sim.data._data, self.cameras[0])
-        return np.ascontiguousarray(image.transpose(1, 2, 0))
+    def is_successful(self) -> bool:
+        return bool(self._sim_env.check_success())
 
     def sim_state(self) -> np.ndarray:
         """The flattened simulator state ``[time, qpos, qvel]`` in float64."""
         return np.array(self._require_open().get_sim_state(), np.float64)
-
-    @property
-    def simulator(self) -> Any:
-        """The LIBERO environment behind this one."""
-        return self._require_open()
-
-    def close(self) -> None:
-        self._close_rig()
-        if self._env is not None:
-            self._env.close()
-        self._env = None
-
-    def _check_state_keys(self) -> None:
-        for key in self.state_keys:
-            if key not in self._raw:
-                known = ", ".join(k for k in self._raw if k.startswith("robot0_"))
-                raise ValueError(f"unknown state key {key!r}; the robot reads: {known}")
-
-    def _close_rig(self) -> None:
-        if self._rig is not None:
-            self._rig.close()
-        self._rig = None
-
-    def _require_open(self) -> Any:
-        if self._env is None:
-            raise RuntimeError("this environment is closed; make a new one")
-        return self._env
 
 
 def _load_suite(task: Task) -> tuple[Any, Any]:

@@ -10,15 +10,14 @@ stays, an action is the first seven of them.
 
 import importlib
 import random
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from vilma.extras import require
 
-from .mujoco_cameras import CameraRig
+from .guest import GuestEnv
 from .opengl import prepare, raise_if_missing
-from .options import flag, names, number
 from .replay import BASE_SITE
 from .robocasa_install import STEPS, RoboCasaNotInstalled, installed_version
 from .spaces import observation_space
@@ -32,10 +31,9 @@ __all__ = ["FIXED_BASE", "STATE_KEYS", "RoboCasaEnv", "full_action"]
 STATE_KEYS = ("robot0_base_to_eef_pos", "robot0_base_to_eef_quat", "robot0_gripper_qpos")
 # What is appended to seven numbers: the base and the torso rest, and the arm moves.
 FIXED_BASE = np.array([0.0, 0.0, 0.0, 0.0, -1.0])
-_COLLISION_GROUP = 0
 
 
-class RoboCasaEnv(gymnasium.Env):
+class RoboCasaEnv(GuestEnv):
     """One RoboCasa simulator.
 
     Args:
@@ -56,8 +54,6 @@ class RoboCasaEnv(gymnasium.Env):
     when success was held for ``task.hold`` steps (the published protocol: eleven), truncates at the horizon.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
-
     def __init__(
         self,
         task: Task,
@@ -73,20 +69,19 @@ class RoboCasaEnv(gymnasium.Env):
         render_cameras: bool = True,
         shadows: bool = True,
     ) -> None:
-        self.size = number("size", size, int)
-        if self.size < 1:
-            raise ValueError(f"got an image size of {size}, wanted at least 1 pixel")
+        super().__init__(
+            task,
+            cameras,
+            size,
+            seed,
+            horizon=horizon,
+            state_keys=state_keys,
+            render_cameras=render_cameras,
+            shadows=shadows,
+        )
         if base not in ("fixed", "mobile"):
             raise ValueError(f"got base={base!r}, wanted fixed or mobile")
-        self.task, self.cameras, self.base = task, names("cameras", cameras), base
-        self.horizon = task.horizon if horizon is None else number("horizon", horizon, int)
-        self.state_keys = names("state_keys", state_keys)
-        self.render_cameras = flag("render_cameras", render_cameras)
-        self._shadows = flag("shadows", shadows)
-        self._first_seed: int | None = None if seed is None else number("seed", seed, int)
-        self.render_mode = "rgb_array"
-        self._rig: CameraRig | None = None
-        self._steps = self._held = 0
+        self.base = base
         state_size = sum(map(_width, self.state_keys))
         modern = task.suite == "robocasa365"
         suite = _load_suite(task, modern)
@@ -132,40 +127,20 @@ class RoboCasaEnv(gymnasium.Env):
         self._close_rig()
         self._raw = sim_env.reset()
         self.instruction = str(sim_env.get_ep_meta().get("lang", ""))
-        if self.cameras:
-            model = sim_env.sim.model._model
-            groups = (_COLLISION_GROUP,)
-            self._rig = CameraRig(model, self.size, hidden_groups=groups, shadows=self._shadows)
-            self._rig.check(self.cameras, self.task.name)
-        for key in self.state_keys:
-            if key not in self._raw:
-                known = ", ".join(k for k in self._raw if k.startswith("robot0_"))
-                raise ValueError(f"unknown state key {key!r}; the robot reads: {known}")
+        self._open_rig()
+        self._check_state_keys()
         self._steps = self._held = 0
         return self.observe((options or {}).get("render", True)), {"success": False}
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         self._raw, reward, _, _ = self._require_open().step(full_action(action, self.base))
-        self._steps += 1
-        self._held = self._held + 1 if self.is_successful() else 0
-        success = self._held >= self.task.hold
-        truncated = not success and self._steps >= self.horizon
-        return self.observe(self.render_cameras), float(reward), success, truncated, {"success": success}
+        return self._stepped(reward)
 
     def is_successful(self) -> bool:
-        """Whether RoboCasa calls the present state a success, however short."""
         return bool(self._sim_env._check_success())
 
-    def observe(self, render: bool = True) -> dict[str, Any]:
-        """The current observation; with ``render=False`` images and depth are zero."""
-        observation: dict[str, Any] = {}
-        if self._rig is not None:
-            data = self._sim_env.sim.data._data
-            observation |= self._rig.observe(data, self.cameras, render, self.base_pose())
-        state = [np.atleast_1d(self._raw[key]) for key in self.state_keys]
-        observation["observation.state"] = np.concatenate([np.zeros(0), *state]).astype(np.float32)
-        observation["task"] = self.instruction
-        return observation
+    def reference_pose(self) -> np.ndarray:
+        return self.base_pose()
 
     def base_pose(self) -> np.ndarray:
         """(4, 4) mobile base -> world."""
@@ -173,37 +148,9 @@ class RoboCasaEnv(gymnasium.Env):
         pose[:3, :3], pose[:3, 3] = site.xmat.reshape(3, 3), site.xpos
         return pose
 
-    def render(self) -> np.ndarray:
-        """An RGB picture (H, W, 3) uint8 of the current state, from the first camera."""
-        if self._rig is None:
-            raise ValueError("this environment was made without cameras (or not reset yet): it cannot render")
-        image, _ = self._rig.frame(self._sim_env.sim.data._data, self.cameras[0])
-        return np.ascontiguousarray(image.transpose(1, 2, 0))
-
     def sim_state(self) -> np.ndarray:
         """The flattened simulator state ``[time, qpos, qvel]`` in float64."""
         return np.array(self._require_open().sim.get_state().flatten(), np.float64)
-
-    @property
-    def simulator(self) -> Any:
-        """The RoboCasa environment behind this one."""
-        return self._require_open()
-
-    def close(self) -> None:
-        self._close_rig()
-        if self._sim_env is not None:
-            self._sim_env.close()
-        self._sim_env = None
-
-    def _close_rig(self) -> None:
-        if self._rig is not None:
-            self._rig.close()
-        self._rig = None
-
-    def _require_open(self) -> Any:
-        if self._sim_env is None:
-            raise RuntimeError("this environment is closed; make a new one")
-        return self._sim_env
 
 
 def _width(key: str) -> int:
