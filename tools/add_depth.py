@@ -173,9 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fixed",
         help="RoboCasa: keep 7 numbers of an action (fixed), or all 12",
     )
-    parser.add_argument(
-        "--no-shadows", action="store_true", help="twice as fast; other pictures than released"
-    )
+    parser.add_argument("--no-shadows", action="store_true", help="faster; other pictures than released")
     parser.add_argument("--demos", type=int, help="only the first so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     return parser
