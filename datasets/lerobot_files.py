@@ -130,6 +130,8 @@ class LeRobotFiles:
 
     def _rows(self, episode: Episode) -> Any:
         """The rows of one episode as a pyarrow table, checked for their number and order."""
+        if episode.length < 1:
+            raise DamagedEpisode("it has no frames")
         pq = require("pyarrow.parquet", "lerobot")
         try:
             table = _read_table(str(episode.data), episode.data.stat().st_mtime_ns)
@@ -238,7 +240,8 @@ def decode_video(path: Path, first: int, count: int, fps: float) -> Iterator[np.
             if found == count:
                 break
     except (OSError, RuntimeError, StopIteration) as error:
-        raise DamagedEpisode(f"{path} cannot be decoded ({str(error).strip().splitlines()[0]})") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DamagedEpisode(f"{path} cannot be decoded ({reason})") from error
     finally:
         reader.close()
     if found < count:

@@ -162,6 +162,18 @@ def test_damage_is_named_and_the_rest_used(root, tmp_path):
             LeRobotDataset(LeRobotConfig(str(broken), **KNOWN))
 
 
+def test_an_episode_without_rows_is_a_damaged_one(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    root = sets.write_v21(tmp_path / "set")
+    episodes = root / "meta" / "episodes.jsonl"
+    with episodes.open("a") as file:
+        file.write(json.dumps({"episode_index": 3, "tasks": ["nothing"], "length": 0}) + "\n")
+    first, empty = (root / "data" / "chunk-000" / f"episode_00000{i}.parquet" for i in (0, 3))
+    pq.write_table(pq.read_table(first).slice(0, 0), empty)
+    with pytest.warns(UserWarning, match="left out 1 of 4 episodes:\n  episode 3: it has no frames"):
+        assert len(LeRobotDataset(LeRobotConfig(str(root), **KNOWN))) == sum(sets.LENGTHS)
+
+
 def test_what_is_no_data_set_says_so(root, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no LeRobot data set at .* give the folder"):
         LeRobotDataset(LeRobotConfig(str(tmp_path), **KNOWN))
