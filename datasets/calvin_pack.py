@@ -22,6 +22,7 @@ __all__ = [
     "Shard",
     "finish_shard",
     "is_finished",
+    "left_out_before",
     "pack_segment",
     "plan_shards",
     "read_manifest",
@@ -125,6 +126,7 @@ def finish_shard(
             "action_kind": "delta",
             "control_freq": 30.0,
             "request": request,
+            "left_out": sorted(set(left_out) & set(shard.segments)),
         },
         keep_parts=True,
     )
@@ -171,6 +173,11 @@ def is_finished(tree: CalvinTree, shard: Shard, cameras: Sequence[str]) -> bool:
             f"{shard.path} was packed from something else ({had}); remove it, or pack into another folder"
         )
     return not parts_folder(shard.path).is_dir()  # parts are removed once it is verified
+
+
+def left_out_before(shard: Shard) -> list[int]:
+    """The segments that a finished file lacks, since they could not be read when it was packed."""
+    return json.loads((file_attributes(shard.path) or {}).get("left_out", "[]"))
 
 
 def read_manifest(out: Path) -> dict[str, Any] | None:

@@ -262,7 +262,7 @@ def load_annotations(path: str | Path) -> list[Segment]:
             Segment(int(start), int(end), _one(text), _one(task))
             for (start, end), text, task in zip(spans, texts, tasks)
         ]
-    except (ValueError, TypeError, KeyError, IndexError, EOFError, pickle.UnpicklingError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, EOFError, pickle.UnpicklingError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not CALVIN's annotation file: {reason}") from error
     empty = [segment for segment in segments if segment.end < segment.start]

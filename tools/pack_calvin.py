@@ -18,6 +18,7 @@ from vilma.datasets.calvin_pack import (
     Shard,
     finish_shard,
     is_finished,
+    left_out_before,
     pack_segment,
     plan_shards,
     read_manifest,
@@ -36,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     segments = tree.segments()[: options.segments]
     shards = plan_shards(options.out, len(segments), options.segments_per_file)
     before = read_manifest(options.out)
-    if before is not None and before["segments"] + len(before["left_out"]) == len(segments):
-        for shard in shards:
-            is_finished(tree, shard, options.cameras)  # an error when it holds something else
+    if before is not None and _is_whole(before, tree, shards, len(segments), options):
         print(f"{options.out} is already packed: {before['segments']} segments, {before['frames']} frames")
         return 0
     packer = Packer(tree, segments, options.cameras, options.workers, options.skip_damaged, options.compress)
@@ -65,6 +64,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for failure in packer.left_out:
         print(f"  left out: {failure}")
     return 0
+
+
+def _is_whole(
+    manifest: dict[str, Any],
+    tree: CalvinTree,
+    shards: Sequence[Shard],
+    count: int,
+    options: argparse.Namespace,
+) -> bool:
+    """Whether the manifest counts all segments and its files are there; an error when they hold others."""
+    names = {line["file"] for line in manifest["files"]}
+    there = [is_finished(tree, shard, options.cameras) for shard in shards if shard.path.name in names]
+    is_complete = manifest["segments"] + len(manifest["left_out"]) == count and len(there) == len(names)
+    return is_complete and all(there) and (options.skip_damaged or not manifest["left_out"])
 
 
 class Packer:
@@ -142,6 +155,10 @@ class Packer:
             if is_finished(self.tree, shard, self.cameras):
                 segments, frames = verify_shard(shard)
                 lines[shard.path] = {"file": shard.path.name, "segments": segments, "frames": frames}
+                self.left_out += [
+                    f"segment {number}: left out of {shard.path} before; remove that file to pack it again"
+                    for number in left_out_before(shard)
+                ]
                 progress.skip(sum(len(self.segments[number]) for number in shard.segments))
                 continue
             there = finished_parts(shard.path, shard.request(self.tree, self.cameras))

@@ -1,5 +1,6 @@
 """CALVIN's files: what is read, what is refused, where the cameras are, and that packing changes nothing."""
 
+import codecs
 import importlib.util
 import json
 import os
@@ -160,6 +161,19 @@ def test_annotations_of_every_numpy_are_read(tmp_path, protocol, module):
     assert [(s.start, s.end, s.instruction, s.task) for s in segments] == [(0, 3, "a", "t"), (4, 9, "b", "u")]
 
 
+class Coded:
+    """Asks the one permitted function that is not numpy's for something that does not exist."""
+
+    def __reduce__(self):
+        return (codecs.encode, ("a", "no_such_codec"))
+
+
+def test_annotations_with_an_unknown_codec_are_named(tmp_path):
+    np.save(tmp_path / "auto_lang_ann.npy", np.array(Coded(), object))
+    with pytest.raises(ValueError, match="not CALVIN's annotation file: unknown encoding"):
+        load_annotations(tmp_path / "auto_lang_ann.npy")
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     (
@@ -245,6 +259,37 @@ def test_damaged_frames_are_named_and_can_be_left_out(tmp_path, capsys):
     assert manifest["segments"] == 2 and "episode_0000009" in manifest["left_out"][0]
     assert packed_set(out).metadata["tasks"] == sorted((calvin_set.TEXTS[0], calvin_set.TEXTS[2]))
     assert "left out: segment 1" in capsys.readouterr().out
+
+
+def test_what_was_left_out_stays_named(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    calvin_set.write(data)
+    path = CalvinTree(data).path(9)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:3000])
+    command = [str(data), "--out", str(out), "--workers", "1"]
+    pack([*command, "--skip-damaged"])
+    (out / "packed.json").unlink()  # as after a kill just before it was written
+    pack([*command, "--skip-damaged"])
+    manifest = json.loads((out / "packed.json").read_text())
+    assert manifest["segments"] == 2 and "segment 1: left out" in manifest["left_out"][0]
+    path.write_bytes(whole)
+    with pytest.raises(
+        ValueError, match=r"segment 1: left out of .*part_0000\.hdf5 before; remove that file"
+    ):
+        pack(command)
+    (out / "part_0000.hdf5").unlink()
+    pack(command)
+    manifest = json.loads((out / "packed.json").read_text())
+    assert (manifest["segments"], manifest["left_out"]) == (3, [])
+
+
+def test_a_packed_file_that_was_removed_is_packed_again(mini, tmp_path):
+    command = [str(mini[0]), "--out", str(tmp_path), "--workers", "1", "--segments-per-file", "2"]
+    pack(command)
+    (tmp_path / "part_0001.hdf5").unlink()
+    pack(command)
+    assert verify_shard(plan_shards(tmp_path, 3, 2)[1])[0] == 1
 
 
 def test_a_packed_file_is_compared_with_its_source(mini, tmp_path):
