@@ -126,6 +126,10 @@ def test_other_peers_and_versions_are_refused(served):
     with socket.create_connection(parse_address(served.address)) as stranger:
         stranger.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"no message of vilma" in stranger.recv(1000)
+    for header_size, size in ((2**20 + 1, 0), (2, 2**31 + 1)):  # refused before anything is set aside for it
+        with socket.create_connection(parse_address(served.address)) as stranger:
+            stranger.sendall(b"VLMA" + header_size.to_bytes(4, "big") + size.to_bytes(8, "big"))
+            assert b"no message of vilma" in stranger.recv(1000)
     with socket.create_connection(parse_address(served.address)) as stranger:
         text = json.dumps({"call": "select_action", "arrays": [["x", "|O", [1]]]}).encode()
         stranger.sendall(b"VLMA" + len(text).to_bytes(4, "big") + (8).to_bytes(8, "big") + text)
