@@ -31,6 +31,8 @@ UNNAMED = ("source",)
 def main(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     rollouts.check_options(options, rest)
+    if options.task == "calvin":
+        raise ValueError("calvin is four scenes: give one of them, e.g. calvin/D, the protocol's")
     task = envs.find_task(options.task)
     env_options = dict(config.override({}, rest).get("env", {}))
     blank = tuple(options.blank.split(",")) if options.blank else ()
@@ -39,7 +41,8 @@ def main(arguments: Sequence[str]) -> int:
         options.device = _local_device()
 
     done: dict[str, str] = {}
-    for label in checkpoints(options.run, options.checkpoint):
+    labels = checkpoints(options.run, options.checkpoint)
+    for label in labels:
         options.checkpoint = label
         began = time.perf_counter()
         with rollouts.open_policy(options) as source:
@@ -49,11 +52,14 @@ def main(arguments: Sequence[str]) -> int:
                 continue
             done[weights] = source.label
             path = options.out or result_path(task.name, source, env_options, options)
+            if options.out and label != labels[0]:
+                path = path.with_stem(f"{path.stem}_{label}")
             result, played = _evaluate(task, source, blank, env_options, path, rank, processes, options)
         if played and source.run_dir is not None and options.out is None and rank == 0:
             command = shlex.join(["vilma", "eval", *arguments])
             record_time(source.run_dir, f"evaluate {path.stem}", time.perf_counter() - began, command)
-        tell(result, f"{task.name}, checkpoint {source.label}", path, reused=not played)
+        films = film_numbers(options.films, options.videos, result["planned"])
+        tell(result, f"{task.name}, checkpoint {source.label}", path, reused=not played, films=films)
     return 0
 
 
@@ -82,9 +88,8 @@ def _evaluate(
     cameras = tuple(facts["cameras"])
     size = picture_size(facts["image_size"])
     renderer = resolve_renderer(env_options.get("renderer", "auto"))
-    chains = protocol.chains(options.sequences)
-    if "chains" in env_options:
-        chains = protocol.load_chains(env_options["chains"])[: options.sequences]
+    whole = protocol.load_chains(env_options["chains"]) if "chains" in env_options else protocol.chains()
+    chains = whole[: options.sequences] if "chains" in env_options else protocol.chains(options.sequences)
     named = {key: value for key, value in env_options.items() if key not in (*UNNAMED, "chains")}
     description = {
         "environment": {
@@ -94,7 +99,7 @@ def _evaluate(
             "subtask_steps": protocol.SUBTASK_STEPS,
             **named,
             "renderer": renderer,
-            "chains": chains_hash(chains[:10]),
+            "chains": chains_hash(whole),
         },
         "policy": facts["policy"],
         "blank": list(blank),
@@ -156,7 +161,7 @@ def picture_size(expected: Mapping[str, Sequence[int]]) -> int | None:
 
 
 def chains_hash(chains: Sequence[protocol.Chain]) -> str:
-    """Eight hex digits that change with the first chains; more of the same chains keep them."""
+    """Eight hex digits of all chains there are, so that more of them can be played later."""
     return hashlib.sha256(repr(chains).encode()).hexdigest()[:8]
 
 
@@ -178,7 +183,7 @@ def _local_device() -> str | None:
     return f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else None
 
 
-def tell(result: Mapping[str, Any], name: str, path: Path, reused: bool) -> None:
+def tell(result: Mapping[str, Any], name: str, path: Path, reused: bool, films: Sequence[int] = ()) -> None:
     """Print the figures; what a lab puts into its table."""
     summary, planned = result["summary"], result["planned"]
     if summary["chains"] < planned:
@@ -200,6 +205,13 @@ def tell(result: Mapping[str, Any], name: str, path: Path, reused: bool) -> None
         )
     if summary["lost"]:
         print(f"  lost to that, counted as length 0: chains {', '.join(map(str, summary['lost']))}")
+    entries = [result["chains"][number] for number in films]
+    unfilmed = [e["index"] for e in entries if "video" not in e and e["outcome"] == "finished"]
+    if unfilmed:
+        print(
+            f"  not filmed, since they were played before: chains {', '.join(map(str, unfilmed))}; films "
+            "come with --overwrite or another --out"
+        )
     print(f"  {'reused' if reused else 'written to'} {path}; a line for each chain in {log_folder(path)}")
 
 
@@ -226,7 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for one step of a simulator")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--device", help="default: the process's own GPU if there is one")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/eval/calvin_<scene>....json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="default: RUN/eval/calvin_<scene>....json; of a second checkpoint FILE_<its name>",
+    )
     parser.add_argument("--overwrite", action="store_true", help="forget a former result and its log")
     return parser
 

@@ -43,7 +43,11 @@ UNNAMED = ("state_keys", "privileged")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments and arguments[0].startswith("calvin/"):
+    known = {task.name: task.suite for task in envs.tasks().values()}
+    known |= {suite: suite for suite in known.values()}
+    # Options may stand first; the first word that is a task is the one that is meant.
+    named = next((word for word in arguments if word in known), "")
+    if known.get(named) == "calvin" or "".join(arguments[:1]).startswith("calvin/"):
         return importlib.import_module("vilma.tools._calvin_eval").main(arguments)
     options, rest = _parser().parse_known_args(arguments)
     check_options(options, rest)

@@ -160,3 +160,26 @@ def test_a_run_without_best_says_so(run, capsys):
     (run.path / "checkpoints" / "best").rmdir()
     evaluate(run)
     assert "no checkpoint 'best': only last is evaluated" in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_holds_one_checkpoint(run, tmp_path):
+    evaluate(run, "--out", str(tmp_path / "mine.json"))
+    results = [json.loads((tmp_path / name).read_text()) for name in ("mine.json", "mine_best.json")]
+    hashes = {result["description"]["policy"]["checkpoint"] for result in results}
+    assert len(hashes) == 2 and all(len(result["chains"]) == 6 for result in results)
+
+
+def test_more_chains_can_be_played_later(run, capsys):
+    evaluate(run, "--checkpoint", "last", sequences="3")
+    evaluate(run, "--checkpoint", "last", "--films", "1,4", sequences="12")
+    assert [chain["index"] for chain in read(run)["chains"]] == list(range(12))
+    out = capsys.readouterr().out
+    assert "not filmed, since they were played before: chains 1;" in out
+    assert (run.path / "eval" / read(run)["chains"][4]["video"]).is_file()
+
+
+def test_every_spelling_of_the_command_is_the_protocol(run):
+    tool.main(["--sequences", "3", "--checkpoint", "last", "calvin/D", str(run.path)])
+    assert len(read(run)["chains"]) == 3
+    with pytest.raises(ValueError, match="calvin is four scenes"):
+        tool.main(["calvin", str(run.path)])
