@@ -3,9 +3,9 @@
 The card is `calvin.md`. Needs numpy alone, so that a packing process stays light. T frames of a segment.
 """
 
-import importlib
 import io
 import pickle
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -212,27 +212,85 @@ class CalvinTree:
                     yield self.path(frame).name
 
 
-# What a pickled array of numbers or texts needs to be rebuilt, under numpy 1's and numpy 2's names.
-_ALLOWED = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((module, "_reconstruct") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
-    *((module, "scalar") for module in ("numpy.core.multiarray", "numpy._core.multiarray")),
-    *((module, "_frombuffer") for module in ("numpy.core.numeric", "numpy._core.numeric")),
-    ("_codecs", "encode"),
+class _Dtype:
+    """Stands for numpy.dtype in a pickle. Taken from there are kind, size and byte order only.
+
+    The real one would also believe the flags: "no objects inside" turns a file's bytes into pointers.
+    """
+
+    def __init__(self, code: str, *_: Any):
+        if not isinstance(code, str) or not re.fullmatch(r"[biufSUO]\d*", code):
+            raise pickle.UnpicklingError(f"it holds an array of {code!r}")
+        self.value = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.value = self.value.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for numpy.ndarray in a pickle; ``value`` is the array, once its content was checked."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, is_fortran, content = state
+        self.value = _array(content, dtype, shape, "F" if is_fortran else "C")
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.value[index]
+
+
+def _array(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: str = "C") -> np.ndarray:
+    """From a list of objects, or from the bytes of numbers or texts, which must be as many as it takes."""
+    if not dtype.value.hasobject:
+        return np.ndarray(shape, dtype.value, memoryview(content), order=order)
+    flat = np.empty(len(content), object)
+    for number, item in enumerate(content):
+        flat[number] = item
+    return flat.reshape(shape, order=order)
+
+
+def _frombuffer(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: str, *_: Any) -> _Array:
+    array = _Array()
+    array.value = _array(content, dtype, shape, order)
+    return array
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How old pickles spell bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it holds bytes as {encoding!r}")
+    return text.encode("latin1")
+
+
+# What a pickled array of numbers or texts asks for, under numpy 1's and numpy 2's names, and who answers.
+_STAND_INS = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _encode,
+    **{
+        (f"numpy.{core}.{module}", name): answer
+        for core in ("core", "_core")
+        for module, name, answer in (
+            ("multiarray", "_reconstruct", lambda *_: _Array()),
+            ("multiarray", "scalar", lambda dtype, content: _array(content, dtype, ())[()]),
+            ("numeric", "_frombuffer", _frombuffer),
+        )
+    },
 }
 
 
 class _Restricted(pickle.Unpickler):
-    """Loads arrays, texts, numbers, lists and dictionaries; anything else in a pickle could be a program."""
+    """Loads arrays, texts, numbers, lists and dictionaries; anything else in a pickle could be a program.
+
+    Nothing of numpy's own pickling runs: it trusts what it reads.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
+        if (module, name) not in _STAND_INS:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        if module.startswith("numpy."):  # numpy's private modules moved between its versions
-            home = "numpy._core" if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else "numpy.core"
-            return getattr(importlib.import_module(f"{home}.{module.rpartition('.')[2]}"), name)
-        return super().find_class(module, name)
+        return _STAND_INS[module, name]
 
 
 def load_annotations(path: str | Path) -> list[Segment]:
@@ -253,7 +311,7 @@ def load_annotations(path: str | Path) -> list[Segment]:
             if not dtype.hasobject or shape != ():
                 raise ValueError(f"it is an array {shape} of {dtype}, wanted one pickled dictionary")
             holder = _Restricted(io.BytesIO(stream.read())).load()
-        found = holder.item() if isinstance(holder, np.ndarray) else holder
+        found = holder.value.item() if isinstance(holder, _Array) else holder
         texts, tasks = found["language"]["ann"], found["language"]["task"]
         spans = found["info"]["indx"]
         if not len(texts) == len(tasks) == len(spans):

@@ -2,6 +2,7 @@
 
 import codecs
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from vilma.datasets import calvin_tree
 from vilma.datasets.calvin import CalvinConfig, CalvinDataset
 from vilma.datasets.calvin_pack import Shard, plan_shards, verify_shard
 from vilma.datasets.calvin_tree import (
@@ -170,8 +172,45 @@ class Coded:
 
 def test_annotations_with_an_unknown_codec_are_named(tmp_path):
     np.save(tmp_path / "auto_lang_ann.npy", np.array(Coded(), object))
-    with pytest.raises(ValueError, match="not CALVIN's annotation file: unknown encoding"):
+    with pytest.raises(ValueError, match="not CALVIN's annotation file: it holds bytes as 'no_such_codec'"):
         load_annotations(tmp_path / "auto_lang_ann.npy")
+
+
+class ForgedDtype:
+    """A dtype of objects whose flags say that it has none: numpy then takes bytes for pointers."""
+
+    def __reduce__(self):
+        return (np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+
+
+class ForgedArray:
+    def __reduce__(self):
+        empty = np.empty(0).__reduce__()[:2]
+        return (*empty, (1, (1,), ForgedDtype(), False, b"A" * 8))
+
+
+def test_annotations_cannot_forge_pointers(tmp_path):
+    path = tmp_path / "auto_lang_ann.npy"
+    found = {"language": {"ann": ForgedArray(), "task": ["t"]}, "info": {"indx": [(0, 1)]}}
+    np.save(path, np.array(found, object))
+    # In a process of its own: where the pointer is followed, that process dies.
+    program = (
+        "import sys; from vilma.datasets.calvin_tree import load_annotations; load_annotations(sys.argv[1])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", program, path], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "is not CALVIN's annotation file" in run.stderr
+
+
+@pytest.mark.parametrize("value", (np.arange(6).reshape(2, 3).T, np.array(["ä", "b"]), np.float32(2.5)))
+@pytest.mark.parametrize("protocol", (2, 3, 4, 5))
+def test_arrays_come_out_of_a_pickle_as_they_went_in(value, protocol):
+    found = calvin_tree._Restricted(io.BytesIO(pickle.dumps(value, protocol=protocol))).load()
+    found = getattr(found, "value", found)
+    assert found.dtype == value.dtype
+    np.testing.assert_array_equal(found, value)
 
 
 @pytest.mark.parametrize(
