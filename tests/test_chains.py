@@ -246,6 +246,13 @@ def test_two_writers_of_one_log_are_refused(tmp_path):
         ChainLog(tmp_path / "x.json", {})
 
 
+def test_a_log_that_is_written_is_not_overwritten(tmp_path):
+    with ChainLog(tmp_path / "table.json", {}) as log:
+        with pytest.raises(EvaluationError, match="another process writes"):
+            play(tmp_path, overwrite=True)
+        assert log.path.is_file()
+
+
 def test_a_damaged_line_is_named(tmp_path):
     play(tmp_path, chains=CHAINS[:2])
     log = log_folder(tmp_path / "table.json") / "process-0.jsonl"

@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = find_source(options.source)
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
-        "command": f"vilma check-calvin --recordings {options.recordings} --chains {options.chains}",
+        "command": f"vilma check-calvin --recordings {options.recordings} --chains {options.chains}"
+        + (f" --challenge CLONE --draw {options.draw}" if options.challenge is not None else ""),
         "commit": _commit(),
         "versions": {name: _version(name) for name in ("vilma", "pybullet", "gym", "numpy", "torch")},
     }
@@ -261,10 +262,13 @@ def make_mini(env: Any, folder: Path, recordings: int, length: int = 4) -> None:
 
 
 def learned_chains(folder: Path, count: int) -> Path:
-    """A file of chains made of the learned tasks alone: each in a chain possible, drawn once for all."""
+    """A file of chains made of the learned tasks alone, of which ``count`` are played.
+
+    It holds a hundred or more, so that playing more of them later is the same evaluation.
+    """
     generator, scenes = np.random.default_rng(1), protocol.conditions()
     drawn: list[protocol.Chain] = []
-    while len(drawn) < count:
+    while len(drawn) < max(count, 100):
         scene = scenes[generator.integers(len(scenes))]
         tasks = tuple(LEARNED[i] for i in generator.permutation(len(LEARNED))[: protocol.CHAIN_LENGTH])
         if protocol.is_possible(scene, tasks):

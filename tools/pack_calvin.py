@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.workers < 1:
         raise ValueError(f"--workers is {options.workers}, wanted at least 1")
+    if options.segments is not None and options.segments < 1:
+        raise ValueError(f"--segments is {options.segments}, wanted at least 1")
     tree = CalvinTree(options.data, options.split)
     segments = tree.segments()[: options.segments]
     shards = plan_shards(options.out, len(segments), options.segments_per_file)

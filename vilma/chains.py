@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -118,7 +118,7 @@ class ChainLog:
         self.path = self.folder / f"process-{process}.jsonl"
         self._file = self.path.open("ab+")
         try:
-            self._lock()
+            _lock(self._file, self.path)
             self._cut_torn_line()
             self.chains, self.incidents = self.read()
             if self._file.tell() == 0:
@@ -126,14 +126,6 @@ class ChainLog:
         except BaseException:
             self._file.close()
             raise
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(
-                f"another process writes {self.path}: wait for that evaluation, or give another result file"
-            ) from None
 
     def _cut_torn_line(self) -> None:
         """Drop a line that a kill cut off in the middle."""
@@ -321,13 +313,30 @@ def evaluate_chains(
 
 
 def remove_log(result_path: str | Path) -> None:
-    """Remove the log and the result file of an evaluation; videos stay until they are replaced."""
+    """Remove the log and the result file of an evaluation; videos stay until they are replaced.
+
+    Raises EvaluationError, and removes nothing, while a process writes to the log.
+    """
     folder = log_folder(result_path)
-    for path in folder.glob("process-*.jsonl"):
-        path.unlink()
+    with contextlib.ExitStack() as opened:
+        paths = sorted(folder.glob("process-*.jsonl"))
+        for path in paths:
+            _lock(opened.enter_context(path.open("ab")), path)
+        for path in paths:
+            path.unlink()
     with contextlib.suppress(OSError):  # somebody else's file keeps the folder
         folder.rmdir()
     Path(result_path).unlink(missing_ok=True)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Until ``file`` is closed, nobody else may hold the log at ``path``."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise EvaluationError(
+            f"another process writes {path}: wait for that evaluation, or give another result file"
+        ) from None
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

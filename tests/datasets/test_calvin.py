@@ -343,6 +343,8 @@ def test_a_packed_file_is_compared_with_its_source(mini, tmp_path):
 
 def test_a_folder_packed_from_something_else_is_refused(mini, tmp_path):
     pack([str(mini[0]), "--out", str(tmp_path), "--workers", "1", "--segments", "2"])
+    with pytest.raises(ValueError, match="--segments is -1, wanted at least 1"):
+        pack([str(mini[0]), "--out", str(tmp_path), "--workers", "1", "--segments", "-1"])
     with pytest.raises(ValueError, match="was packed from something else"):
         pack([str(mini[0]), "--out", str(tmp_path), "--workers", "1"])
 
