@@ -65,8 +65,8 @@ def open_images(
     if config.format == "folder":
         return FolderSource(Path(config.root, split), classes, subset)
     if config.format == "webdataset":
-        return ShardSource(Path(config.root, split), classes, config.cache)
-    if config.format == "hf":
+        source = ShardSource(Path(config.root, split), classes, config.cache)
+    elif config.format == "hf":
         source = HubSource(config.root, split, config.image_key, config.label_key)
     else:
         source = DigitSource(held_out=split == config.val)

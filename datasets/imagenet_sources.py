@@ -142,7 +142,7 @@ class ShardSource(ImageSource):
 
     Args:
         shards: a folder of ``*.tar``, or their paths in WebDataset's brace notation.
-        classes: names of the labels; none reads ``classes.txt`` beside the shards, else numbers them.
+        classes: names of the labels where no ``classes.txt`` lies beside the shards; none numbers them.
         cache: a folder that keeps the lists of members.
 
     Raises:
@@ -177,12 +177,13 @@ class ShardSource(ImageSource):
         self._where = np.array([where, offsets, sizes], np.int64)
         self._names = np.array([os.fsencode(name) for name in names])
         self.labels = np.array(labels, np.int64)
-        self.classes = tuple(classes) if classes is not None else _class_names(folder, self.labels)
+        self.classes = _class_names(folder, self.labels, classes)
         if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
             raise ValueError(
                 f"{shards} has labels {self.labels.min()} to {self.labels.max()}, wanted 0 to "
                 f"{len(self.classes) - 1}"
             )
+        self.problems += _without_images(str(shards), self.classes, self.labels)
 
     def name(self, index: int) -> str:
         return f"{self.shards[self._where[0, index]]}:{os.fsdecode(bytes(self._names[index]))}"
@@ -197,10 +198,12 @@ class ShardSource(ImageSource):
         return _decode(data)
 
 
-def _class_names(folder: Path, labels: np.ndarray) -> tuple[str, ...]:
+def _class_names(folder: Path, labels: np.ndarray, known: Sequence[str] | None) -> tuple[str, ...]:
     path = folder / "classes.txt"
     if path.is_file():
         return tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    if known is not None:
+        return tuple(known)
     return tuple(str(label) for label in range(int(labels.max()) + 1))
 
 
@@ -270,6 +273,12 @@ def _ends_well(shard: Path, end: int) -> bool:
     return len(mark) >= _BLOCK and not any(mark)
 
 
+def _without_images(where: str, classes: Sequence[str], labels: np.ndarray) -> list[tuple[str, str]]:
+    """A problem for the classes that no label names, if there are any."""
+    empty = [classes[k] for k in sorted(set(range(len(classes))) - set(labels.tolist()))]
+    return [(where, f"no image in {len(empty)} of {len(classes)} classes: {_some(empty)}")] if empty else []
+
+
 class HubSource(ImageSource):
     """A Hugging Face data set saved on disk (``save_to_disk``), with a column of images and one of labels.
 
@@ -293,14 +302,18 @@ class HubSource(ImageSource):
                 f"{root} has no column {_some(absent)}; it has: {', '.join(table.column_names)}. Name them "
                 "with data.image_key and data.label_key"
             )
+        if not len(table):
+            raise ValueError(f"{root} holds no row in {split!r}")
         label = table.features[label_key]
         self.labels = np.asarray(table[label_key], np.int64)
         names = getattr(label, "names", None) or [str(i) for i in range(int(self.labels.max()) + 1)]
         self.classes = tuple(names)
-        if not len(self.labels):
-            raise ValueError(f"{root} holds no row in {split!r}")
-        empty = sorted(set(range(len(self.classes))) - set(self.labels.tolist()))
-        self.problems = [(str(root), f"no image of class {self.classes[i]}") for i in empty]
+        if self.labels.min() < 0 or self.labels.max() >= len(self.classes):
+            raise ValueError(
+                f"{root} has labels {self.labels.min()} to {self.labels.max()} in {split!r}, wanted 0 to "
+                f"{len(self.classes) - 1}: a split without labels?"
+            )
+        self.problems = _without_images(str(root), self.classes, self.labels)
         self._table = table.cast_column(image_key, hub.Image(decode=False))
         self._key, self._root, self._split = image_key, root, split
 

@@ -15,7 +15,7 @@ CLASSES = ("cat", "dog", "eel")
 
 
 def picture(label: int, number: int) -> Image.Image:
-    rng = np.random.default_rng(10 * label + number)
+    rng = np.random.default_rng(abs(10 * label + number))
     return Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
 
 
@@ -127,10 +127,30 @@ def test_a_hub_data_set_keeps_the_classes_of_the_training(tmp_path):
     assert source.labels.tolist() == [1, 2, 0] and source.classes == ("eel", "cat", "dog")
 
 
+def test_shards_keep_the_classes_of_the_training(tmp_path):
+    write_shard(tmp_path / "a.tar", [(0, 0), (1, 0), (2, 0)])
+    config = ImageDataConfig("webdataset", str(tmp_path), train=".")
+    source = open_images(config, "a.tar", ("eel", "cat", "dog"))
+    assert source.labels.tolist() == [1, 2, 0] and source.classes == ("eel", "cat", "dog")
+    with pytest.raises(ValueError, match="lacks 1 of 4 classes: fox"):
+        open_images(config, "a.tar", (*CLASSES, "fox"))
+
+
+def test_classes_without_images_and_rows_without_labels_are_named(tmp_path):
+    write_shard(tmp_path / "a.tar", [(0, 0), (1, 0)])
+    assert ShardSource(tmp_path).problems == [(str(tmp_path), "no image in 1 of 3 classes: eel")]
+    write_hub(tmp_path / "hub", [(0, 0), (2, 0)])
+    config = ImageDataConfig("hf", str(tmp_path / "hub"))
+    assert [what for _, what in open_images(config, "train").problems] == ["no image in 1 of 3 classes: dog"]
+    write_hub(tmp_path / "unlabelled", [(-1, 0), (-1, 1)])
+    with pytest.raises(ValueError, match="labels -1 to -1 in 'train', wanted 0 to 2"):
+        open_images(ImageDataConfig("hf", str(tmp_path / "unlabelled")), "train", CLASSES)
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "ends early"])
 def test_a_corrupt_shard_is_named_and_gives_what_is_before_the_damage(tmp_path, damage):
-    write_shard(tmp_path / "a.tar", [(0, n) for n in range(4)])
-    write_shard(tmp_path / "b.tar", [(1, n) for n in range(4)])
+    write_shard(tmp_path / "a.tar", [(0, n) for n in range(4)], CLASSES[:2])
+    write_shard(tmp_path / "b.tar", [(1, n) for n in range(4)], CLASSES[:2])
     path = tmp_path / "b.tar"
     with tarfile.open(path) as tar:
         third = tar.getmember("1_2.png")
