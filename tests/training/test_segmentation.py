@@ -17,6 +17,7 @@ from vilma.training.segmentation import (
     IGNORE,
     MaskAugmentConfig,
     SegmentationTask,
+    mask_loss,
     mean_iou,
     score_segmenter,
 )
@@ -84,6 +85,17 @@ def test_layer_decay_is_that_of_the_backbone_alone(name):
     }
     assert {key.removeprefix("backbone."): found[id(p)] for key, p in task.named_parameters()} == names
     assert len(set(names.values())) >= 4
+
+
+def test_the_loss_of_crops_without_a_class_is_no_nan():
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    masks = torch.randint(0, 3, (2, 4, 4), generator=torch.Generator().manual_seed(1))
+    masks[0] = IGNORE
+    wanted = torch.nn.functional.cross_entropy(logits[1:], masks[1:])
+    torch.testing.assert_close(mask_loss(logits, masks), wanted)
+    loss = mask_loss(logits[:1], masks[:1])
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
 
 
 def test_layer_decay_of_a_segmenter_leaves_the_decoder_at_the_full_rate():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .distributed import to_device
 from .images import Normalize, layer_groups, sample_drop_paths, set_draws
 
-__all__ = ["IGNORE", "MaskAugmentConfig", "SegmentationTask", "mean_iou", "score_segmenter"]
+__all__ = ["IGNORE", "MaskAugmentConfig", "SegmentationTask", "mask_loss", "mean_iou", "score_segmenter"]
 
 IGNORE = 255
 
@@ -139,12 +139,12 @@ class SegmentationTask(nn.Module):
             set_draws(self.drop_paths, batch["seed"], masks.device)
         output = self.model(self.normalize(batch["image"]))
         logits, auxiliary = output if isinstance(output, tuple) else (output, None)
-        loss = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE)
+        loss = mask_loss(logits, masks)
         counted = masks != IGNORE
         right = ((logits.detach().argmax(1) == masks) & counted).sum() / counted.sum().clamp_min(1)
         logs = {"pixel_accuracy": right}
         if auxiliary is not None:
-            loss = loss + self.aux_weight * F.cross_entropy(auxiliary.float(), masks, ignore_index=IGNORE)
+            loss = loss + self.aux_weight * mask_loss(auxiliary, masks)
         return loss, logs
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -156,6 +156,12 @@ class SegmentationTask(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         if self._save is not None:
             self._save(self.model, folder)
+
+
+def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (B, K, H, W) over the pixels that count: 0, not nan, where none does."""
+    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum")
+    return total / (masks != IGNORE).sum().clamp_min(1)
 
 
 @torch.no_grad()
