@@ -68,8 +68,10 @@ def open_images(
         source = ShardSource(Path(config.root, split), classes, config.cache)
     elif config.format == "hf":
         source = HubSource(config.root, split, config.image_key, config.label_key)
-    else:
+    elif split in (config.train, config.val):
         source = DigitSource(held_out=split == config.val)
+    else:
+        raise ValueError(f"digits have no split {split!r}; they have {config.train!r} and {config.val!r}")
     if classes is not None:
         check_classes(classes, source.classes, f"{config.root or config.format}:{split}", subset)
         if source.classes != tuple(classes):

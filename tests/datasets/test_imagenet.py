@@ -203,5 +203,7 @@ def test_digits_are_split_by_class():
     train, held_out = DigitSource(held_out=False), DigitSource(held_out=True)
     assert (len(train), len(held_out)) == (4000, 1000)
     assert np.bincount(held_out.labels).tolist() == [100] * 10
+    with pytest.raises(ValueError, match="no split 'test'; they have 'train' and 'val'"):
+        open_images(ImageDataConfig("digits"), "test")
     everything = {train.open(i).tobytes() for i in range(4000)}
     assert not everything & {held_out.open(i).tobytes() for i in range(1000)}
