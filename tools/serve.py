@@ -1,6 +1,7 @@
 """Serve a policy to a simulator in another environment: `vilma eval SUITE host:port` acts with it."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port=options.port,
         on_event=lambda text: print(text, flush=True),
     )
+    # What a service is ended by; a shell's job in the background takes no notice of Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"serving {options.run} on {server.address}; Ctrl-C ends it", flush=True)
     try:
         server.serve()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -45,7 +44,7 @@ def test_a_served_policy_plays_the_same_episodes(tmp_path, monkeypatch):
     process, address = start(POLICY)
     try:
         assert tool.main(["robosuite/Lift", address, *options, "--out", "served.json"]) == 0
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0 and errors.strip() == "ended"
     finally:
